@@ -1,0 +1,2859 @@
+# SPDX-License-Identifier: MIT
+"""operator_db: the memory of an AgenC operator, in one file on the standard library.
+
+An operator claims tasks on chain, works on them, proves the work and is paid; people talk to it by voice. This module
+keeps what it must not forget in one SQLite file: a mirror of its tasks, the state of its voice sessions, the proofs
+that win disputes, and its configuration.
+
+    from operator_db import OperatorDb, TaskRecord, VerificationLog
+
+    with OperatorDb("operator.db") as db:
+        db.store_task(TaskRecord(task_id="t1", payload=b"{}", reward_lamports=5_000_000))
+        db.complete_task("t1", VerificationLog(task_id="t1", outputs=b"the result"))
+        assert db.get_task("t1").status == "completed"
+
+A call that changes something returns after its change is committed; the class docstring of `OperatorDb` says what that
+survives, and what threads and processes may do. `python operator_db.py` checks all of it on a scratch database.
+
+Contents: errors, records, codec, schema and opening, connections, namespace, evidence, OperatorDb, self-check.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import reprlib
+import sqlite3
+import threading
+import time
+import types
+import typing
+import weakref
+from binascii import a2b_base64, b2a_base64
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar, Token
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from enum import Enum, StrEnum
+from hashlib import sha256
+from heapq import merge
+from itertools import islice
+from operator import attrgetter
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
+from zlib import crc32
+
+__version__ = "1.0.0"
+__all__ = [
+    "BusyError",
+    "ClosedError",
+    "ConflictError",
+    "DamagedError",
+    "ForeignFileError",
+    "Id",
+    "InvalidRecordError",
+    "Lamports",
+    "Namespace",
+    "NewerSchemaError",
+    "NotFoundError",
+    "OperatorConfig",
+    "OperatorDb",
+    "OperatorDbError",
+    "PruneReport",
+    "SessionState",
+    "StatusChange",
+    "StorageError",
+    "TaskRecord",
+    "TaskStatus",
+    "TranscriptEntry",
+    "UnixTime",
+    "VerificationLog",
+    "verify_dispute_bundle",
+]
+
+R = TypeVar("R")
+
+
+# ======================================================================================================================
+# Errors: each is an OperatorDbError and the builtin kind that it is
+# ======================================================================================================================
+
+
+class OperatorDbError(Exception):
+    """Base of every error that this module raises on purpose."""
+
+
+class InvalidRecordError(OperatorDbError, ValueError):
+    """A record, id or argument has a wrong type, range or shape; nothing was stored."""
+
+
+class NotFoundError(OperatorDbError, LookupError):
+    """The record to be changed is not there."""
+
+
+class ConflictError(OperatorDbError, RuntimeError):
+    """The change contradicts what is stored (a failed `expected=`, other evidence, a stale session), or misuses a transaction."""
+
+
+class BusyError(OperatorDbError, TimeoutError):
+    """Another thread or process held the database for longer than `timeout`; nothing was changed, try again."""
+
+
+class ClosedError(OperatorDbError, RuntimeError):
+    """The database object was closed."""
+
+
+class ForeignFileError(OperatorDbError, ValueError):
+    """The file is not SQLite, belongs to another application, or has tables or triggers that are not ours."""
+
+
+class NewerSchemaError(OperatorDbError, ValueError):
+    """A newer version of this module wrote the file."""
+
+
+class DamagedError(OperatorDbError, ValueError):
+    """What is stored is not what was written: a bad page, checksum, JSON document or record."""
+
+
+class StorageError(OperatorDbError, OSError):
+    """The file system refused: full, read-only, an I/O error, a file that was replaced or is gone."""
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+
+
+def _short(value: object) -> str:
+    """Show a value in an error message, cut to some 60 characters, whatever it is."""
+    try:
+        return _REPR.repr(value[:100] if isinstance(value, (str, bytes)) else value)
+    except Exception:  # its own __repr__, or an int with too many digits to print
+        return f"<{type(value).__name__}>"
+
+
+# ======================================================================================================================
+# Records: keyword-only dataclasses, checked when they are made
+# ======================================================================================================================
+
+
+class _Rule(NamedTuple):
+    """What a field must be, its type included; put into `Annotated`, so that the type hint carries it."""
+
+    says: str
+    holds: Callable[[Any], bool]
+
+
+class _Checked:
+    """Base of our records: made means checked, and what is secret is not printed."""
+
+    def __post_init__(self) -> None:
+        """Check every field; raise InvalidRecordError, which names the field."""
+        _codec(type(self)).check(self)
+
+
+Id = Annotated[
+    str,
+    _Rule(
+        "a str of one or more printable characters", lambda v: type(v) is str and v != "" and v.isprintable()
+    ),
+]
+"""A key: any characters for which `str.isprintable` is true, `:` and `%` among them; no control characters."""
+
+UnixTime = Annotated[
+    int, _Rule("Unix seconds, an int within 64 bits", lambda v: type(v) is int and -(2**63) <= v < 2**63)
+]
+"""Whole seconds since 1970-01-01 UTC, as Solana's `i64` unix_timestamp."""
+
+Lamports = Annotated[int, _Rule("an int from 0 to 2^64-1", lambda v: type(v) is int and 0 <= v < 2**64)]
+"""An amount in the smallest unit of a token, as the chain's `u64`."""
+
+_Hash = Annotated[
+    str,
+    _Rule(
+        "64 lower-case hex digits, not all zero",
+        lambda v: type(v) is str and len(v) == 64 and {"0"} != set(v) <= set("0123456789abcdef"),
+    ),
+]
+_ResultData = Annotated[
+    bytes, _Rule("64 bytes, not all zero", lambda v: type(v) is bytes and len(v) == 64 and any(v))
+]
+_ABSENT = cast(Any, None)  # the default of a field that is filled in when the record is made
+
+
+def _now() -> int:
+    """Return the time in whole Unix seconds."""
+    return int(time.time())
+
+
+class TaskStatus(StrEnum):
+    """Where a task stands; also parses the prototype's `InProgress` and the command line's `in-progress`."""
+
+    CLAIMED = "claimed"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    DISPUTED = "disputed"
+    RESOLVED = "resolved"
+
+    @classmethod
+    def _missing_(cls, value: object) -> TaskStatus | None:
+        plain = value.replace("_", "").replace("-", "").lower() if isinstance(value, str) else None
+        return next((status for status in cls if status.replace("_", "") == plain), None)
+
+
+@dataclass(kw_only=True, frozen=True)
+class StatusChange(_Checked):
+    """One entry of a task's history: the status it moved to, when (Unix seconds), and the transaction that did it."""
+
+    status: TaskStatus
+    at: UnixTime = field(default_factory=_now)
+    signature: str | None = None
+
+
+@dataclass(kw_only=True)
+class TaskRecord(_Checked):
+    """The mirror of one task on chain.
+
+    `payload` is the task's input, any bytes. Rewards are in lamports and in the smallest unit of SKR, 0 to 2^64-1, or
+    None where unknown. `history` is the audit trail: when it is not given, it begins with the status that the record has
+    now. A field of the wrong type or range raises InvalidRecordError, which names it.
+    """
+
+    task_id: Id
+    payload: bytes = b""
+    status: TaskStatus = TaskStatus.CLAIMED
+    claimed_at: UnixTime = field(default_factory=_now)
+    completed_at: UnixTime | None = None
+    on_chain_signature: str | None = None
+    description: str | None = None
+    reward_lamports: Lamports | None = None
+    reward_skr_tokens: Lamports | None = None
+    creator: str | None = None
+    history: list[StatusChange] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check every field, and begin the history."""
+        super().__post_init__()
+        if not self.history:
+            at = self.claimed_at if self.status in _OPEN else self.age_from
+            self.history.append(StatusChange(status=self.status, at=at, signature=self.on_chain_signature))
+
+    @property
+    def age_from(self) -> int:
+        """When the task was completed, or, lacking that, claimed: what its age is counted from."""
+        return self.claimed_at if self.completed_at is None else self.completed_at
+
+
+_OPEN = (TaskStatus.CLAIMED, TaskStatus.IN_PROGRESS)
+_SETTLED = (TaskStatus.COMPLETED, TaskStatus.RESOLVED)
+
+
+@dataclass(kw_only=True, frozen=True)
+class TranscriptEntry(_Checked):
+    """One utterance of a voice session; `role` is who spoke, `timestamp` is in Unix seconds."""
+
+    role: str
+    content: str
+    timestamp: UnixTime = field(default_factory=_now)
+
+
+@dataclass(kw_only=True)
+class SessionState(_Checked):
+    """A voice session: what was said, which commands were given, the tasks being talked about."""
+
+    session_id: Id
+    transcript: list[TranscriptEntry] = field(default_factory=list)
+    command_history: list[str] = field(default_factory=list)
+    active_task_ids: list[Id] = field(default_factory=list)
+    created_at: UnixTime = field(default_factory=_now)
+    last_active: UnixTime = field(default_factory=_now)
+
+
+@dataclass(kw_only=True, frozen=True)
+class VerificationLog(_Checked):
+    """The evidence that a task was done, in the shape that the program's `submit_task_result` accepts (IDL revision 5).
+
+    `proof_hash` is 32 bytes as 64 lower-case hex digits, `result_data` is 64 bytes; the program rejects either when it is
+    all zero, and so does this record. Left out, they are what the reference worker submits: SHA-256 of `outputs`, and the
+    ASCII of its hex digits. `evidence_hash` is always computed: SHA-256 over the canonical JSON of the evidence fields,
+    the same before and after submission and whatever the timestamp. The record cannot be changed; `dataclasses.replace`
+    makes another.
+    """
+
+    task_id: Id
+    outputs: bytes
+    inputs: bytes = b""
+    proof: bytes = b""
+    proof_hash: _Hash = _ABSENT
+    result_data: _ResultData = _ABSENT
+    timestamp: UnixTime = field(default_factory=_now)
+    submitted: bool = False
+    submission_signature: str | None = None
+    evidence_hash: _Hash = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Fill in what follows from the outputs, and check every field."""
+        outputs_hash = sha256(self.outputs).hexdigest() if isinstance(self.outputs, bytes) else "?"
+        if self.proof_hash is _ABSENT:
+            object.__setattr__(self, "proof_hash", outputs_hash)
+        if self.result_data is _ABSENT:
+            object.__setattr__(self, "result_data", outputs_hash.encode())
+        object.__setattr__(
+            self, "evidence_hash", "1" * 64
+        )  # a stand-in until the fields that it covers are checked
+        super().__post_init__()
+        object.__setattr__(self, "evidence_hash", sha256(_evidence(self)).hexdigest())
+        if self.submission_signature is not None and not self.submitted:
+            raise InvalidRecordError(
+                "VerificationLog.submission_signature is given, so submitted must be True"
+            )
+
+    def verify(self) -> list[str]:
+        """Return in what the hash and result data differ from what the reference worker would submit; empty if in nothing.
+
+        Both differences are legal: a zero-knowledge proof commits to something other than the output bytes.
+        """
+        outputs_hash = sha256(self.outputs).hexdigest()
+        found = []
+        if self.proof_hash != outputs_hash:
+            found.append(f"proof_hash is not the SHA-256 of outputs, {outputs_hash}")
+        if self.result_data != outputs_hash.encode():
+            found.append("result_data is not the hex digits of the SHA-256 of outputs")
+        return found
+
+    def submit_args(self) -> dict[str, bytes]:
+        """Return the arguments of `submit_task_result` and `complete_task`: proof_hash (32 bytes), result_data (64 bytes)."""
+        return {"proof_hash": bytes.fromhex(self.proof_hash), "result_data": self.result_data}
+
+    def dispute_args(self) -> dict[str, bytes | str]:
+        """Return the arguments of `initiate_dispute` that name the evidence: its hash (32 bytes) and URI (at most 256 bytes)."""
+        return {
+            "evidence_hash": bytes.fromhex(self.evidence_hash),
+            "evidence": f"agenc://evidence/sha256/{self.evidence_hash}",
+        }
+
+
+@dataclass(kw_only=True)
+class OperatorConfig(_Checked):
+    """The operator's own configuration; there is one.
+
+    `keypairs` maps a name to a secret key, or to the path of a file that holds it, which is safer: the database is not
+    encrypted. `rpc_endpoints` are secret because RPC URLs carry API keys. Both are shown as `***`.
+    """
+
+    operator_id: ClassVar[str] = "operator"
+
+    keypairs: dict[str, str] = field(default_factory=dict, metadata={"secret": True})
+    rpc_endpoints: list[str] = field(default_factory=list, metadata={"secret": True})
+    model_preferences: dict[str, Any] = field(default_factory=dict)
+    capabilities: list[str] = field(default_factory=list)
+    wallet_pubkey: str | None = None
+    network: str | None = None
+
+    def __repr__(self) -> str:
+        """Show the configuration without its secrets."""
+        return _redacted_repr(self)
+
+
+@dataclass(kw_only=True)
+class _LogEntry(_Checked):
+    """One row of a session's log. `log` is `transcript:{session_id}` or `commands:{session_id}`; `seq` counts from 0."""
+
+    log: Id
+    seq: UnixTime
+    content: str
+    role: str | None = None
+    timestamp: UnixTime = field(default_factory=_now)
+
+    @property
+    def entry_id(self) -> str:
+        """The row's id; `seq` holds no colon, so that no two entries share one."""
+        return f"{self.log}:{self.seq}"
+
+
+@dataclass(kw_only=True, frozen=True)
+class PruneReport:
+    """What `OperatorDb.prune` removed (or, in a dry run, would remove), and the size of the files in bytes around it."""
+
+    tasks: int
+    sessions: int
+    proofs: int
+    bytes_before: int
+    bytes_after: int
+    dry_run: bool
+
+
+# ======================================================================================================================
+# Codec: any dataclass of these field types <-> one JSON document
+# ======================================================================================================================
+
+_DEEPEST = 100  # levels of nesting in a free-form field; json.loads gives up near 1,000
+
+
+class _Shape(NamedTuple):
+    """How one type hint is checked and carried; a converter that is None means that JSON has the type itself."""
+
+    says: str
+    holds: Callable[[Any], bool]
+    encode: Callable[[Any], Any] | None = None
+    decode: Callable[[Any], Any] | None = None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_decode_json = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def _is_text(value: Any) -> bool:
+    """Whether the value is a str that UTF-8 can carry: one without lone surrogates."""
+    if type(value) is not str or value.isascii():
+        return type(value) is str
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_json(value: Any, depth: int = 1) -> bool:
+    """Whether the value is what JSON can give back unchanged: no tuples, no keys but text, no NaN, not too deep."""
+    kind = type(value)
+    if kind is dict:
+        return depth <= _DEEPEST and all(_is_text(k) and _is_json(v, depth + 1) for k, v in value.items())
+    if kind is list:
+        return depth <= _DEEPEST and all(_is_json(v, depth + 1) for v in value)
+    return (
+        value is None
+        or kind is bool
+        or kind is int
+        or (kind is float and value - value == 0)
+        or _is_text(value)
+    )
+
+
+def _base64(value: bytes) -> str:
+    return b2a_base64(value, newline=False).decode("ascii")
+
+
+def _from_base64(value: str) -> bytes:
+    return a2b_base64(value, strict_mode=True)
+
+
+_PLAIN: dict[Any, _Shape] = {
+    str: _Shape("a str of valid Unicode", _is_text),
+    int: _Shape("an int", lambda v: type(v) is int),
+    bool: _Shape("a bool", lambda v: type(v) is bool),
+    float: _Shape("a finite float", lambda v: type(v) in (float, int) and v - v == 0),
+    bytes: _Shape("bytes", lambda v: type(v) is bytes, _base64, _from_base64),
+    Any: _Shape(f"JSON, at most {_DEEPEST} levels deep", _is_json),
+    dict: _Shape(f"a JSON object, at most {_DEEPEST} levels deep", lambda v: type(v) is dict and _is_json(v)),
+    list: _Shape(f"a JSON array, at most {_DEEPEST} levels deep", lambda v: type(v) is list and _is_json(v)),
+    type(None): _Shape("None", lambda v: v is None),
+}
+
+
+def _shape(hint: Any) -> _Shape:
+    """Return how a type hint is checked and carried; raise TypeError for one that has no JSON form."""
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        rule = next((each for each in args[1:] if isinstance(each, _Rule)), None)
+        return _shape(args[0])._replace(**rule._asdict()) if rule else _shape(args[0])
+    if origin in (typing.Union, types.UnionType) and len(args) == 2 and type(None) in args:
+        return _optional(_shape(args[0] if args[1] is type(None) else args[1]))
+    if origin is list:
+        return _list_of(_shape(args[0]))
+    if origin is dict and args[0] is str:
+        if args[1] is Any:
+            return _PLAIN[dict]
+        return _dict_of(_shape(args[1]))
+    if _is_enum(hint):
+        members = {member.value: member for member in hint}
+        says = f"one of {', '.join(str(value) for value in members)}"
+        return _Shape(says, lambda v: type(v) is hint, lambda v: v.value, members.__getitem__)
+    if isinstance(hint, type) and is_dataclass(hint):
+        codec = _codec(hint)
+        return _Shape(f"a {hint.__name__}", codec.holds, codec.to_json, codec.from_json)
+    raise TypeError(f"{hint} has no JSON form here")
+
+
+def _optional(inner: _Shape) -> _Shape:
+    encode, decode, holds = inner.encode, inner.decode, inner.holds
+    return _Shape(
+        f"{inner.says}, or None",
+        lambda v: v is None or holds(v),
+        encode and (lambda v: None if v is None else encode(v)),
+        decode and (lambda v: None if v is None else decode(v)),
+    )
+
+
+def _list_of(inner: _Shape) -> _Shape:
+    encode, decode, holds = inner.encode, inner.decode, inner.holds
+    return _Shape(
+        f"a list, each {inner.says}",
+        lambda v: type(v) is list and all(map(holds, v)),
+        encode and (lambda v: [encode(each) for each in v]),
+        decode and (lambda v: [decode(each) for each in v]),
+    )
+
+
+def _dict_of(inner: _Shape) -> _Shape:
+    encode, decode, holds = inner.encode, inner.decode, inner.holds
+    return _Shape(
+        f"a dict of str to {inner.says}",
+        lambda v: type(v) is dict and all(_is_text(k) and holds(each) for k, each in v.items()),
+        encode and (lambda v: {k: encode(each) for k, each in v.items()}),
+        decode and (lambda v: {k: decode(each) for k, each in v.items()}),
+    )
+
+
+class _Codec(Generic[R]):
+    """Checks, encodes and decodes one dataclass, from its type hints, which are looked at once.
+
+    Fields may be str, int, bool, float, bytes, enums, dataclasses, lists and str-keyed dicts of these, `X | None`, and
+    free-form JSON (dict, list, Any). A field that the JSON lacks takes the dataclass's default; one that the dataclass
+    lacks is passed over; one with `init=False` is written, and on reading must be what the record computes.
+    """
+
+    def __init__(self, record_type: type[R]) -> None:
+        if not (isinstance(record_type, type) and is_dataclass(record_type)):
+            raise InvalidRecordError(f"{_short(record_type)} is not a dataclass")
+        self.record_type = record_type
+        self.name = record_type.__name__
+        self.secrets = frozenset(f.name for f in fields(record_type) if f.metadata.get("secret"))
+        self.shapes: dict[str, _Shape] = {}
+        try:
+            hints = typing.get_type_hints(record_type, include_extras=True)
+            for each in fields(record_type):
+                self.shapes[each.name] = _shape(hints[each.name])
+        except (
+            TypeError,
+            NameError,
+            RecursionError,
+        ) as error:  # the last: a record type that contains itself
+            raise InvalidRecordError(f"{self.name}: {error}") from None
+        self._values: Callable[[R], tuple[Any, ...]] = attrgetter(*self.shapes, "__class__")
+        every, parameters = fields(record_type), cast(Any, record_type).__dataclass_params__
+        self._names = tuple(self.shapes)
+        self._checks = [(name, shape.holds) for name, shape in self.shapes.items()]
+        self._enums = [(f.name, hints[f.name]) for f in every if _is_enum(hints[f.name])]
+        self._encoders = [(name, shape.encode) for name, shape in self.shapes.items() if shape.encode]
+        self._decoders = [(name, shape.decode) for name, shape in self.shapes.items() if shape.decode]
+        self._computed = [f.name for f in every if not f.init]
+        self._settable = frozenset(f.name for f in every if f.init)
+        self._required = [
+            f.name for f in every if f.init and f.default is MISSING and f.default_factory is MISSING
+        ]
+        ours = issubclass(record_type, _Checked)
+        if ours and parameters.frozen:  # made means checked, and it cannot have changed since
+            self.holds = lambda record: type(record) is record_type  # type: ignore[method-assign]
+        # What a decoder returns is of its type; the rest is checked. Only a record whose making does nothing but check
+        # may be made without its constructor.
+        self._after_decoding = [check for check in self._checks if not self.shapes[check[0]].decode]
+        self._plainly_made = (
+            parameters.init
+            and not self._computed
+            and (ours or not hasattr(record_type, "__post_init__"))
+            and not any("__slots__" in vars(base) for base in record_type.__mro__[:-1])
+        )
+        if self.secrets:
+            record_type.__repr__ = _redacted_repr  # type: ignore[method-assign]
+        _CODECS[record_type] = self
+
+    def check(self, record: R) -> None:
+        """Raise InvalidRecordError for the first field that does not hold, without its value when it is secret."""
+        if type(record) is not self.record_type:
+            raise InvalidRecordError(f"expected a {self.name}, got {type(record).__name__}")
+        for name, enum in self._enums:
+            value = getattr(record, name, None)
+            if type(value) is not enum and isinstance(value, str):
+                with suppress(
+                    ValueError
+                ):  # an enum's value stands for its member; what is neither is refused below
+                    object.__setattr__(record, name, enum(value))
+        try:
+            for (name, holds), value in zip(self._checks, self._values(record), strict=False):
+                if not holds(value):
+                    shown = "***" if name in self.secrets else _short(value)
+                    kind = type(value).__name__
+                    raise InvalidRecordError(
+                        f"{self.name}.{name} must be {self.shapes[name].says}; got {kind} {shown}"
+                    )
+        except AttributeError as error:
+            raise InvalidRecordError(f"{self.name}: {error}") from None
+
+    def holds(self, record: Any) -> bool:
+        """Whether the value is a whole record of this type."""
+        if type(record) is not self.record_type:
+            return False
+        self.check(record)
+        return True
+
+    def to_json(self, record: R) -> dict[str, Any]:
+        """Return the record as a JSON object; it must have been checked."""
+        document = dict(zip(self.shapes, self._values(record), strict=False))
+        for name, encode in self._encoders:
+            document[name] = encode(document[name])
+        return document
+
+    def from_json(self, document: Any) -> R:
+        """Return the record that a JSON object holds; raise ValueError or TypeError when it holds none."""
+        if type(document) is not dict:
+            raise TypeError(f"a {self.name} is a JSON object")
+        for name in self._required:
+            if name not in document:
+                raise ValueError(f"{self.name}.{name} is missing")
+        for name, decode in self._decoders:
+            if name in document:
+                try:
+                    document[name] = decode(document[name])
+                except (ValueError, TypeError, KeyError, AttributeError):
+                    raise ValueError(f"{self.name}.{name} is not {self.shapes[name].says}") from None
+        if self._plainly_made and tuple(document) == self._names:
+            for name, holds in self._after_decoding:
+                if not holds(document[name]):
+                    raise ValueError(f"{self.name}.{name} is not {self.shapes[name].says}")
+            record = object.__new__(self.record_type)
+            vars(record).update(document)
+            return record
+        return self._constructed(document)
+
+    def _constructed(self, document: dict[str, Any]) -> R:
+        settable = self._settable
+        record = self.record_type(**{name: value for name, value in document.items() if name in settable})
+        if not isinstance(record, _Checked):
+            self.check(record)
+        for name in self._computed:
+            if name in document and document[name] != getattr(record, name):
+                raise ValueError(f"{self.name}.{name} is not what the other fields give")
+        return record
+
+    def encode(self, record: R) -> str:
+        """Check the record and return it as one JSON document."""
+        self.check(record)
+        try:
+            return _encode_json(self.to_json(record))
+        except (
+            ValueError,
+            RecursionError,
+        ):  # an int of more than 4,300 digits, a record that contains itself
+            raise InvalidRecordError(f"{self.name} holds a value that JSON cannot carry") from None
+
+    def decode(self, text: bytes) -> R:
+        """Return the record that a stored document holds; raise ValueError or TypeError when it holds none."""
+        try:
+            whole = text.decode()
+            document, end = _decode_json(whole)
+            if end != len(whole):
+                raise ValueError("not one JSON document")
+        except (ValueError, RecursionError, AttributeError, IndexError):
+            raise ValueError("not a JSON document") from None  # the parser's own error holds the whole text
+        return self.from_json(document)
+
+
+_CODECS: dict[type, _Codec[Any]] = {}
+
+
+def _codec(record_type: type[R]) -> _Codec[R]:
+    """Return the codec of a dataclass, made at its first use."""
+    return (_CODECS.get(record_type) if isinstance(record_type, type) else None) or _Codec(record_type)
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)
+
+
+def _redacted_repr(record: Any) -> str:
+    """Show a dataclass as its generated repr would, with `***` for every field whose metadata says secret."""
+    shown = (
+        "***" if f.metadata.get("secret") else repr(getattr(record, f.name)) for f in fields(record) if f.repr
+    )
+    names = (f.name for f in fields(record) if f.repr)
+    return f"{type(record).__qualname__}({', '.join(f'{n}={v}' for n, v in zip(names, shown, strict=True))})"
+
+
+# ======================================================================================================================
+# Schema and opening: what the file looks like, and who may touch it
+# ======================================================================================================================
+
+APPLICATION_ID = 0x41474E43  # "AGNC", https://www.sqlite.org/pragma.html#pragma_application_id
+_CREATE_TABLE = "CREATE TABLE {0}(key TEXT PRIMARY KEY NOT NULL, value TEXT NOT NULL, status TEXT, at INTEGER, crc INTEGER NOT NULL)"
+_CREATE_INDEX = "CREATE INDEX {0}_status_at ON {0}(status, at)"  # both texts stand in every file: changing one is a migration
+_OUR_TABLES = ("tasks", "sessions", "session_log", "proofs", "config")
+_WAL_LIMIT = 16 * 2**20  # bytes that an idle write-ahead log is cut back to
+_REDB_MAGIC = b"redb\x1a\n\xa9\r\n"
+
+
+class _Connection(sqlite3.Connection):
+    """A connection whose statements wait for locks by polling and raise this module's errors. The choke point.
+
+    SQLite's own busy handler backs off to 100 ms, so that a steady writer starves others, and holds Ctrl-C back; a
+    statement that finds the database locked is tried again every millisecond until `timeout` seconds have passed.
+    """
+
+    path: str
+    timeout: float
+    last_error: OperatorDbError | None = None
+
+    def query(
+        self,
+        sql: str,
+        parameters: tuple[Any, ...] = (),
+        *,
+        most_bytes: int | None = None,
+        deadline: float | None = None,
+    ) -> list[tuple[Any, ...]]:
+        """Execute one statement and return its rows, or its first ones until their values exceed `most_bytes`."""
+        return self._attempt(lambda: self._rows(sql, parameters, most_bytes), deadline)
+
+    def change(self, sql: str, parameters: tuple[Any, ...] = ()) -> int:
+        """Execute one statement and return the number of rows that it changed."""
+        return self._attempt(lambda: self.execute(sql, parameters).rowcount)
+
+    def script(self, sql: str) -> None:
+        """Execute statements that SQLite must step to their end; only outside a transaction, which this would commit."""
+        self._attempt(lambda: self.executescript(sql))
+
+    def copy_to(self, target: _Connection) -> None:
+        """Copy the whole database into another connection's, from one snapshot."""
+        self._attempt(lambda: self.backup(target))
+
+    def _rows(self, sql: str, parameters: tuple[Any, ...], most_bytes: int | None) -> list[tuple[Any, ...]]:
+        cursor = self.execute(sql, parameters)
+        if most_bytes is None:
+            return cursor.fetchall()
+        rows = []
+        for row in cursor:
+            rows.append(row)
+            most_bytes -= sum(len(column) for column in row if isinstance(column, bytes))
+            if most_bytes < 0:
+                break
+        cursor.close()  # an unfinished cursor pins the write-ahead log, which then grows without bound
+        return rows
+
+    def _attempt(self, action: Callable[[], R], deadline: float | None = None) -> R:
+        while True:
+            try:
+                return action()
+            except (sqlite3.Error, OverflowError) as error:
+                code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+                if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
+                    self.last_error = _typed(error, self.path)
+                    raise self.last_error from None
+                deadline = deadline or time.monotonic() + self.timeout
+                if time.monotonic() >= deadline:
+                    raise BusyError(
+                        f"{self.path} was locked by another process for {self.timeout:g} s; try again"
+                    ) from None
+            time.sleep(0.001)
+
+
+def _typed(error: Exception, path: str) -> OperatorDbError:
+    """Return this module's error for one of SQLite's result codes, https://www.sqlite.org/rescode.html."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return DamagedError(f"{path} is damaged ({error}): run check(), and restore a backup")
+    if code == sqlite3.SQLITE_TOOBIG or isinstance(error, (OverflowError, sqlite3.DataError)):
+        return InvalidRecordError("the record is larger than SQLite can store: 1,000,000,000 bytes as JSON")
+    if code == sqlite3.SQLITE_FULL:
+        return StorageError(f"{path}: the disk is full; nothing of this change was stored")
+    if code == sqlite3.SQLITE_READONLY:
+        return StorageError(f"{path} cannot be written ({error})")
+    if isinstance(error, sqlite3.ProgrammingError):
+        return ClosedError(f"{path}: the connection is closed ({error})")
+    return StorageError(f"{path}: {error} ({getattr(error, 'sqlite_errorname', type(error).__name__)})")
+
+
+def _connect(path: str, timeout: float, *, mode: str = "rw", durable: bool = True) -> _Connection:
+    """Open a connection: `mode` is rw, ro or immutable (https://www.sqlite.org/uri.html), or query: rw that cannot write."""
+    uri = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    if os.name == "nt":
+        uri = "/" + uri.replace("\\", "/")
+    query = {"immutable": "mode=ro&immutable=1", "query": "mode=rw"}.get(mode, f"mode={mode}")
+    try:
+        connection = sqlite3.connect(
+            f"file:{uri}?{query}",
+            uri=True,
+            timeout=0,
+            isolation_level=None,
+            check_same_thread=False,
+            factory=_Connection,
+        )
+    except sqlite3.Error as error:
+        raise _typed(error, path) from None
+    connection.path, connection.timeout = path, timeout
+    connection.text_factory = bytes  # damaged text must reach the checksum, not fail to decode on the way
+    settings = ["cell_size_check=ON", "trusted_schema=OFF", "secure_delete=ON"]
+    settings += (
+        ["query_only=ON"]
+        if mode != "rw"
+        else [f"journal_size_limit={_WAL_LIMIT}", "fullfsync=ON", "checkpoint_fullfsync=ON"]
+    )
+    if mode == "rw":
+        settings.append(f"synchronous={'FULL' if durable else 'NORMAL'}")
+    try:
+        for setting in settings:
+            connection.query(f"PRAGMA {setting}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _pragma(connection: _Connection, name: str) -> Any:
+    """Return the one value of a pragma, text as str."""
+    value = connection.query(f"PRAGMA {name}")[0][0]
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _create_our_tables(connection: _Connection) -> None:
+    for table in _OUR_TABLES:
+        connection.query(_CREATE_TABLE.format(table))
+        connection.query(_CREATE_INDEX.format(table))
+
+
+_MIGRATIONS: tuple[Callable[[_Connection], None], ...] = (_create_our_tables,)
+"""What takes a file from each schema version to the next, in order; the length is the version that this module writes."""
+
+
+def _database_path(path: str | os.PathLike[str] | None) -> str:
+    """Return the absolute path to use: the argument, else AGENC_DB_PATH, else ~/.agenc/operator.db."""
+    if path is None:
+        path = os.environ.get("AGENC_DB_PATH") or os.path.join("~", ".agenc", "operator.db")
+    text = os.fsdecode(path)
+    if not text or "\0" in text:
+        raise InvalidRecordError(f"{_short(text)} is not a path")
+    # SQLite keeps the WAL beside the file that a symbolic link leads to
+    return os.path.realpath(os.path.expanduser(text))
+
+
+def _size(path: str) -> int:
+    """Return the size of a file in bytes, 0 where there is none."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """Return what tells one file from another at the same path: device and inode."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _read_mode(path: str) -> str:
+    """Return the mode that reads a database without changing a byte of it or of its WAL.
+
+    Read-only on a cleanly closed database would create a WAL, and fails in a directory that it may not write.
+    """
+    if os.path.exists(path + "-wal"):
+        return "ro"
+    return "query" if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK) else "immutable"
+
+
+def _inspect(path: str, timeout: float) -> int | None:
+    """Return the schema version of the file at a path, changing nothing: 0 to be adopted, None where there is no file.
+
+    Raises ForeignFileError, NewerSchemaError, DamagedError or StorageError for one that is not to be opened.
+    """
+    try:
+        if not os.path.isfile(path):
+            if not os.path.lexists(path):
+                return None
+            raise ForeignFileError(f"{path} is not a regular file")
+        before = os.stat(path)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+    if (
+        0 < before.st_size < 512
+    ):  # SQLite takes a file of one byte for an empty database, and would overwrite it
+        raise ForeignFileError(
+            f"{path} holds {before.st_size} bytes, which is no SQLite database; nothing was changed"
+        )
+    # never read-write before the file is known to be ours: that would checkpoint and delete another application's WAL
+    try:
+        connection = _connect(path, timeout, mode="ro" if _size(path + "-wal") else "immutable")
+        try:
+            return _version(connection)
+        finally:
+            connection.close()
+    except DamagedError as error:
+        with suppress(OSError):
+            after = os.stat(path)
+            if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+                return _inspect(path, timeout)  # immutable holds no lock: a checkpoint went on beneath it
+        raise _named(path) or error from None
+
+
+def _named(path: str) -> ForeignFileError | None:
+    """Name a file that SQLite has refused; None when it is a damaged database. Only such a file may be opened raw.
+
+    Closing a plain descriptor of a live database drops every lock that this process's SQLite holds on it.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        return ForeignFileError(f"{path} cannot be read: {error.strerror}")
+    if start.startswith(_REDB_MAGIC):
+        return ForeignFileError(
+            f"{path} is the prototype's redb database: export it with `agenc-db export --format json`, "
+            "import that into a new operator_db file, and give this module a path of its own"
+        )
+    return (
+        None
+        if start == b"SQLite format 3\0"
+        else ForeignFileError(f"{path} is not an SQLite database; nothing was changed")
+    )
+
+
+def _version(connection: _Connection) -> int:
+    """Return the schema version of an open file, 0 for an empty one; raise for one that is not ours or not whole."""
+    path = connection.path
+    application, version = _pragma(connection, "application_id"), _pragma(connection, "user_version")
+    if application == 0 and version == 0:
+        if not connection.query("SELECT 1 FROM sqlite_schema LIMIT 1"):
+            return 0
+        raise ForeignFileError(f"{path} is an SQLite database of another application; nothing was changed")
+    if application != APPLICATION_ID or version < 1:
+        raise ForeignFileError(
+            f"{path} belongs to another application (application_id {application:#x}); nothing was changed"
+        )
+    if version > len(_MIGRATIONS):
+        raise NewerSchemaError(
+            f"{path} has schema version {version}, this module knows {len(_MIGRATIONS)}: update operator_db.py; nothing was changed"
+        )
+    if version == len(_MIGRATIONS):
+        for table in _OUR_TABLES:
+            _check_table(connection.query, path, table)
+    pages, page_size = _pragma(connection, "page_count"), _pragma(connection, "page_size")
+    if not _size(path + "-wal") and _size(path) < pages * page_size:
+        raise DamagedError(
+            f"{path} is cut short: {_size(path)} of {pages * page_size} bytes; restore a backup"
+        )
+    return int(version)
+
+
+def _check_table(query: Callable[..., list[tuple[Any, ...]]], path: str, table: str) -> bool:
+    """Whether the table is there; raise ForeignFileError when it, or anything attached to it, is not as we create it.
+
+    A trigger or view that names our table could change what a write does: one that is planted deletes every proof.
+    """
+    wanted = {
+        (b"table", table.encode(), _CREATE_TABLE.format(table).encode()),
+        (b"index", f"{table}_status_at".encode(), _CREATE_INDEX.format(table).encode()),
+    }
+    found = query(
+        "SELECT type, name, sql FROM sqlite_schema WHERE sql IS NOT NULL AND (lower(tbl_name) = ?1 OR lower(name) = ?1"
+        " OR name = ?2 OR (type IN ('trigger', 'view') AND instr(lower(sql), ?1)))",
+        (table, f"{table}_status_at"),
+    )
+    if found and set(found) != wanted:
+        odd = next(
+            row for row in found + sorted(wanted) if (row in wanted) != (row in found) or row not in wanted
+        )
+        what = b" ".join(odd[:2]).decode(errors="replace")
+        raise ForeignFileError(f"{path}: {_short(what)} is not as operator_db makes it; nothing was changed")
+    if not found and table in _OUR_TABLES:
+        raise ForeignFileError(f"{path} has no table {table}; nothing was changed")
+    return bool(found)
+
+
+def _make_private_directory(path: str) -> None:
+    """Create a directory and its missing parents, each readable by its owner alone."""
+    if path and not os.path.isdir(path):
+        _make_private_directory(os.path.dirname(path))
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+
+
+@contextmanager
+def _new_file(path: str) -> Iterator[str]:
+    """Give the name of an empty private file beside `path`, and remove what is left of it afterwards.
+
+    What is written there appears at its final name whole, by link or rename, or not at all.
+    """
+    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.new"
+    try:
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            if hasattr(os, "fchmod"):
+                os.fchmod(descriptor, 0o600)  # whatever the umask
+        finally:
+            os.close(descriptor)
+        yield temporary
+    finally:
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            with suppress(FileNotFoundError):
+                os.unlink(temporary + suffix)
+
+
+def _create(path: str, timeout: float) -> None:
+    """Make a complete new database appear at a path, unless another thread or process is first."""
+    try:
+        _make_private_directory(os.path.dirname(path))
+        with _new_file(path) as temporary:
+            _migrate(temporary, timeout, final_path=path)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return
+            except OSError:
+                # No hard links here (Android, FAT). The descriptor stays open for good: closing it would drop the locks
+                # of a thread that has opened the file by then.
+                with suppress(FileExistsError):
+                    os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        _sync_directory(path)
+    except OSError as error:
+        if isinstance(error, OperatorDbError):
+            raise
+        raise StorageError(f"cannot create {path}: {error.strerror}") from None
+
+
+def _sync_directory(path: str) -> None:
+    """Make the name of a new file durable."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(os.path.dirname(path), os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _migrate(path: str, timeout: float, *, final_path: str) -> None:
+    """Bring an empty or older file to the present schema, as one transaction, after a snapshot of an older one.
+
+    The lock is taken before the version is looked at, so that of several processes one migrates and the others find it
+    done. A step that fails leaves the file as it was.
+    """
+    connection = _connect(path, timeout)
+    try:
+        if not _pragma(connection, "page_count"):
+            connection.query(
+                "PRAGMA auto_vacuum=INCREMENTAL"
+            )  # before journal_mode, or it silently stays off
+        if _pragma(connection, "journal_mode") != "wal":  # asked first: setting it takes locks
+            _pragma(connection, "journal_mode=WAL")
+        if _pragma(connection, "journal_mode") != "wal":
+            raise StorageError(f"{final_path}: this file system does not support SQLite's write-ahead log")
+        connection.query("BEGIN IMMEDIATE")
+        version = _version(connection)
+        if 0 < version < len(_MIGRATIONS):
+            _snapshot_for_migration(path, timeout, version)
+        for step in _MIGRATIONS[version:]:
+            step(connection)
+        connection.query(f"PRAGMA application_id={APPLICATION_ID}")
+        connection.query(f"PRAGMA user_version={len(_MIGRATIONS)}")
+        connection.query("COMMIT")
+    finally:
+        connection.close()  # rolls back what was not committed
+
+
+def _snapshot_for_migration(path: str, timeout: float, version: int) -> None:
+    """Copy the file to `PATH.v{version}.bak`, through a connection of its own, while the caller holds the write lock."""
+    source = _connect(path, timeout, mode="query")
+    try:
+        _write_snapshot(source, f"{path}.v{version}.bak")
+    finally:
+        source.close()
+
+
+def _write_snapshot(source: _Connection, path: str) -> None:
+    """Write a private copy of a database to a path, whole or not at all."""
+    try:
+        with _new_file(path) as temporary:
+            target = _connect(temporary, source.timeout)
+            try:
+                source.copy_to(target)
+            finally:
+                target.close()
+            os.replace(temporary, path)
+        _sync_directory(path)
+    except OSError as error:
+        if isinstance(error, OperatorDbError):
+            raise
+        raise StorageError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _tighten(path: str) -> None:
+    """Take other users' permissions off a database file of ours, with a log line."""
+    for name in (path, path + "-wal", path + "-shm"):
+        with suppress(OSError):
+            status = os.stat(name)
+            if os.name == "posix" and status.st_mode & 0o077 and status.st_uid == os.geteuid():
+                os.chmod(name, 0o600)
+                from logging import getLogger  # here, because it costs more to import than this module
+
+                getLogger("operator_db").warning("%s could be read by others: its mode is now 0600", name)
+
+
+# ======================================================================================================================
+# Connections: one writer, a pool of readers, transactions, fork
+# ======================================================================================================================
+
+
+class _Lease:
+    """The right to use one connection, held by one thread for one piece of work.
+
+    A lease is alive while its holder is inside `with lease.alive:`. Leaving that block is a single call into C, which
+    KeyboardInterrupt cannot split: a lease whose holder was interrupted anywhere ends by itself, and no lock is lost.
+    """
+
+    __slots__ = ("alive", "blocks", "connection", "deadline", "thread", "token", "working", "writes")
+
+    def __init__(self, timeout: float, *, writes: bool) -> None:
+        self.alive = threading.Lock()
+        self.thread = threading.get_ident()
+        self.deadline = time.monotonic() + timeout
+        self.writes = writes
+        self.working = False  # its turn has come: it may be using a connection
+        self.connection: _Connection | None = None
+        self.token: Token[_Lease | None] | None = (
+            None  # of the context that opened the block; None outside one
+        )
+        self.blocks = 0
+
+
+class _Store:
+    """The connections of one database file, and the rules by which threads, contexts and processes share them.
+
+    Writers stand in a queue, first come first served, and each holds the one writer connection for one transaction.
+    Readers each check a connection out of a pool, because one connection used by two threads at once returns another
+    row's data or crashes the interpreter (https://github.com/python/cpython/issues/118172).
+    """
+
+    def __init__(self, path: str, *, read_only: bool, durable: bool, timeout: float) -> None:
+        self.path, self.read_only, self.durable, self.timeout = path, read_only, durable, timeout
+        self._current: ContextVar[_Lease | None] = ContextVar("operator_db_lease", default=None)
+        self._opened: tuple[int, int] | None = None  # the file's identity
+        self._closed = ""  # why every call is refused
+        self._forget_connections()
+        with _stores_lock:
+            _stores.add(self)
+        with self._writing() as lease:
+            self._open(lease)
+
+    def _forget_connections(self) -> None:
+        self._mutex = threading.Lock()
+        self._queue: deque[_Lease] = deque()
+        self._readers: list[tuple[_Lease, _Connection]] = []
+        self._writer: _Connection | None = None
+        self._wal: tuple[int, int] | None = None
+        self._paused = False  # a fork is coming: work in flight ends, none begins
+
+    # ---- opening
+
+    def _open(self, lease: _Lease) -> None:
+        version = _inspect(self.path, self.timeout)
+        if self.read_only:
+            if not version:
+                what = "there is no database" if version is None else "the file is empty"
+                raise StorageError(f"{self.path}: {what}, and a read-only open creates none")
+            if version < len(_MIGRATIONS):
+                raise StorageError(
+                    f"{self.path} has schema version {version}: open it for writing once, to migrate it"
+                )
+        elif version is None:
+            _create(self.path, self.timeout)
+            version = _inspect(self.path, self.timeout)
+        try:
+            self._opened = _identity(self.path)
+        except OSError as error:
+            raise StorageError(f"{self.path}: {error.strerror}") from None
+        if self._opened in _inherited:
+            raise ConflictError(
+                f"{self.path} was open in a transaction when this process was forked: start a fresh process"
+            )
+        if not self.read_only:
+            _tighten(self.path)
+            if version != len(_MIGRATIONS):
+                _migrate(self.path, self.timeout, final_path=self.path)
+            self._connect_writer()
+
+    def _connect_writer(self) -> _Connection:
+        """Return the writer connection, opened when needed; the file must still be the one that was opened first."""
+        if self._writer is None:
+            connection = self._connect("rw")
+            try:
+                if _pragma(connection, "journal_mode") != "wal":
+                    raise ForeignFileError(f"{self.path} was taken out of WAL mode by another program")
+                connection.query("SELECT 1 FROM sqlite_schema LIMIT 1")  # the first read makes the WAL
+                self._wal = _identity(self.path + "-wal")
+            except BaseException as error:
+                connection.close()
+                if isinstance(error, OSError) and not isinstance(error, OperatorDbError):
+                    raise StorageError(f"{self.path}-wal: {error.strerror}") from None
+                raise
+            self._writer = connection
+        return self._writer
+
+    def _connect(self, mode: str) -> _Connection:
+        self._check_file()
+        return _connect(self.path, self.timeout, mode=mode, durable=self.durable)
+
+    def _check_file(self, lost: str = "") -> None:
+        """Raise StorageError unless the path and its WAL are the files that were opened."""
+        try:
+            same = _identity(self.path) == self._opened and (
+                self._wal is None or _identity(self.path + "-wal") == self._wal
+            )
+        except OSError:
+            same = False
+        if not same:
+            raise StorageError(
+                f"{self.path} or its WAL was replaced or removed while it was open{lost}: open it again"
+            )
+
+    # ---- whose turn it is
+
+    def _mine(self) -> _Lease | None:
+        """Return the lease of the block that this very thread and context opened, if there is one."""
+        lease = self._current.get()
+        if lease is None or lease.token is None:
+            return None
+        try:
+            self._current.reset(
+                lease.token
+            )  # refuses a token of another context: that of a task or worker begun inside
+        except (ValueError, RuntimeError):
+            return None
+        lease.token = self._current.set(lease)
+        return lease if lease.alive.locked() else None
+
+    def _usable(self, lease: _Lease) -> _Connection:
+        """Return the connection of a block that goes on; raise when an error ended its transaction underneath."""
+        connection = lease.connection
+        if connection is None:
+            raise ClosedError(f"{self.path}: this block has ended")
+        if not connection.in_transaction:
+            cause = connection.last_error or "it was rolled back"
+            raise StorageError(
+                f"the transaction was ended by an earlier error, nothing in it is stored: {cause}"
+            )
+        return connection
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self.path} {self._closed}")
+
+    def _refuse_other_block(self) -> None:
+        """Raise rather than wait for a block that cannot end while this thread waits, or join one that is not ours."""
+        inherited = self._current.get()
+        if inherited is not None and inherited.writes and inherited.alive.locked():
+            raise ConflictError(
+                "this worker or task was started inside a transaction of another: it cannot write until that ends"
+            )
+        thread = threading.get_ident()
+        with self._mutex:
+            waiting = any(lease.thread == thread and lease.alive.locked() for lease in self._queue)
+        if waiting:
+            raise ConflictError(
+                "another coroutine's transaction is open on this thread: a transaction() block must not await"
+            )
+
+    def _wait_for_turn(self, lease: _Lease) -> None:
+        """Stand in the queue until the writer is free; raise BusyError after `timeout` seconds."""
+        self._refuse_if_closed()
+        self._refuse_other_block()
+        with self._mutex:
+            self._queue.append(lease)
+        while True:
+            with self._mutex:
+                self._refuse_if_closed()
+                while not self._queue[0].alive.locked():
+                    self._queue.popleft()
+                if self._queue[0] is lease and not self._paused:
+                    lease.working = True
+                    return
+                place = self._queue.index(lease)
+            if time.monotonic() >= lease.deadline:
+                raise BusyError(
+                    f"{self.path} was being written by other threads for {self.timeout:g} s; try again"
+                )
+            time.sleep(0.0002 * max(1, place))
+
+    def _check_out(self, lease: _Lease) -> _Connection:
+        """Give a reader connection of its own to a lease."""
+        while lease.connection is None:
+            with self._mutex:
+                self._refuse_if_closed()
+                if not self._paused:
+                    lease.connection = self._free_reader(lease)
+                    lease.working = True
+                    break
+            if time.monotonic() >= lease.deadline:
+                raise BusyError(f"{self.path}: a fork was being prepared for {self.timeout:g} s")
+            time.sleep(0.0005)
+        if lease.connection.in_transaction:  # an interrupted snapshot's
+            lease.connection.query("ROLLBACK")
+        return lease.connection
+
+    def _free_reader(self, lease: _Lease) -> _Connection:
+        """Return a reader that nobody uses, or a new one; the mutex is held, so that a fork or close() misses none."""
+        for place, (holder, connection) in enumerate(self._readers):
+            if not holder.alive.locked():
+                self._readers[place] = (lease, connection)
+                return connection
+        connection = self._connect(_read_mode(self.path) if self.read_only else "query")
+        self._readers.append((lease, connection))
+        return connection
+
+    # ---- reading and writing
+
+    def read(
+        self, sql: str, parameters: tuple[Any, ...] = (), *, most_bytes: int | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Return rows as this thread should see them: its own open block's, else of the last commit."""
+        lease = self._mine()
+        if lease is not None:
+            return self._usable(lease).query(sql, parameters, most_bytes=most_bytes)
+        lease = _Lease(self.timeout, writes=False)
+        with lease.alive:
+            return self._check_out(lease).query(sql, parameters, most_bytes=most_bytes)
+
+    def write(self, sql: str, parameters: tuple[Any, ...] = ()) -> int:
+        """Execute one statement that changes rows, committed unless a block is open, and return how many rows changed.
+
+        Every single write of this module passes here.
+        """
+        lease = self._mine()
+        if lease is not None and lease.writes:
+            return self._usable(lease).change(sql, parameters)
+        with self.transaction() as lease:
+            return self._usable(lease).change(sql, parameters)
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Let all reads of the block see one state of the database; a block of one's own is that already."""
+        if self._mine() is not None:
+            yield
+            return
+        lease = _Lease(self.timeout, writes=False)
+        with lease.alive:
+            connection = self._check_out(lease)
+            connection.query("BEGIN")
+            lease.token = self._current.set(lease)
+            try:
+                yield
+            finally:
+                self._leave(lease)
+                if lease.connection is not None:
+                    lease.connection.query("ROLLBACK")
+
+    @contextmanager
+    def transaction(self) -> Iterator[_Lease]:
+        """Take the write lock and commit at the end of the block; inside a block of one's own, a savepoint."""
+        lease = self._mine()
+        if lease is not None and lease.writes:
+            with self._savepoint(lease):
+                yield lease
+            return
+        if self.read_only:
+            self._refuse_if_closed()
+            raise StorageError(f"{self.path} was opened read-only")
+        with self._writing() as lease:
+            connection = lease.connection = self._connect_writer()
+            if connection.in_transaction:  # an interrupted holder's
+                connection.query("ROLLBACK")
+            connection.last_error = None
+            connection.query(
+                "BEGIN IMMEDIATE", deadline=lease.deadline
+            )  # a deferred transaction that reads first can fail whatever the timeout
+            lease.token = self._current.set(lease)
+            try:
+                yield lease
+                self._leave(lease)
+                self._usable(lease).query("COMMIT")
+            except BaseException:
+                self._leave(lease)
+                if lease.connection is not None and lease.connection.in_transaction:
+                    lease.connection.query("ROLLBACK")
+                raise
+            self._check_file(": the last write is lost")
+
+    @contextmanager
+    def _writing(self) -> Iterator[_Lease]:
+        """Hold the writer's place in the queue, outside of any transaction."""
+        lease = _Lease(self.timeout, writes=True)
+        with lease.alive:
+            self._wait_for_turn(lease)
+            yield lease
+
+    def _leave(self, lease: _Lease) -> None:
+        """Make the context that opened a block stand outside of it again."""
+        if lease.token is not None:
+            token, lease.token = lease.token, None
+            with suppress(
+                ValueError, RuntimeError
+            ):  # the block is being left in another context than it was opened in
+                self._current.reset(token)
+
+    @contextmanager
+    def _savepoint(self, lease: _Lease) -> Iterator[None]:
+        lease.blocks += 1
+        name = f"block_{lease.blocks}"
+        try:
+            self._usable(lease).query(f"SAVEPOINT {name}")
+            try:
+                yield
+                self._usable(lease).query(f"RELEASE {name}")
+            except BaseException:
+                if lease.connection is not None and lease.connection.in_transaction:
+                    lease.connection.query(f"ROLLBACK TO {name}")
+                    lease.connection.query(f"RELEASE {name}")
+                raise
+        finally:
+            lease.blocks -= 1
+
+    # ---- upkeep
+
+    def give_back_pages(self, most: int = 500) -> None:
+        """Return free pages to the file system, a few at a time, so that a writer never waits long; not inside a block.
+
+        The file itself shrinks at the checkpoint, which a reader in another process can hold back until a later one.
+        """
+        while self._mine() is None:
+            with self._writing():
+                connection = self._connect_writer()
+                free = _pragma(connection, "freelist_count")
+                if free and _pragma(connection, "auto_vacuum") == 2:
+                    # through execute() this would free a single page, whatever its argument
+                    connection.script(f"PRAGMA incremental_vacuum({most})")
+                if free <= most or _pragma(connection, "freelist_count") >= free:
+                    break
+        self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Move the WAL's content into the file and cut the WAL, as far as no reader holds it back; not inside a block."""
+        if self._mine() is None:
+            with self._writing():
+                self._connect_writer().query("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def ensure_table(self, table: str) -> None:
+        """Create a namespace's table where there is none; raise ForeignFileError for one that is not as we make it."""
+        if not _check_table(self.read, self.path, table):
+            with self.transaction():
+                if not _check_table(self.read, self.path, table):
+                    self.write(_CREATE_TABLE.format(table))
+                    self.write(_CREATE_INDEX.format(table))
+
+    def other_tables(self) -> list[str]:
+        """Return the tables that operators' own namespaces made."""
+        rows = self.read("SELECT name, sql FROM sqlite_schema WHERE type = 'table' ORDER BY name")
+        names = [
+            name.decode(errors="replace")
+            for name, sql in rows
+            if sql == _CREATE_TABLE.encode().replace(b"{0}", name)
+        ]
+        return [name for name in names if name not in _OUR_TABLES]
+
+    def integrity_problems(self) -> Iterator[str]:
+        """Find what SQLite itself finds wrong with the pages of the file."""
+        try:
+            for (line,) in self.read("PRAGMA integrity_check(10000)"):
+                if line != b"ok":
+                    yield line.decode(errors="replace")
+        except DamagedError as error:
+            yield str(error)
+
+    def size(self) -> int:
+        """Return the bytes that the database and its WAL take."""
+        return _size(self.path) + _size(self.path + "-wal")
+
+    # ---- closing and fork
+
+    def _leases(self) -> list[_Lease]:
+        """Return the leases that are alive, waiting ones included; the mutex must be held."""
+        return [
+            lease
+            for lease in (*(holder for holder, _ in self._readers), *self._queue)
+            if lease.alive.locked()
+        ]
+
+    def _close_connections(self) -> None:
+        for _, connection in self._readers:
+            connection.close()
+        self._readers.clear()
+        if self._writer is not None:
+            self._writer.close()  # last, so that the WAL is checkpointed and removed
+        self._writer = self._wal = None
+
+    def close(self) -> None:
+        """Close every connection once the work in flight is done; see OperatorDb.close."""
+        if self._closed:
+            return
+        if self._mine() is not None:
+            raise ConflictError("close() inside a transaction: leave its block first")
+        self._refuse_other_block()
+        deadline = time.monotonic() + self.timeout
+        while True:
+            with self._mutex:
+                if self._closed:
+                    return
+                if not self._leases():
+                    self._closed = "was closed: open it again with OperatorDb(path)"
+                    self._close_connections()
+                    return
+            if time.monotonic() >= deadline:
+                raise BusyError(
+                    f"{self.path} is still in use by other threads after {self.timeout:g} s; it stays open"
+                )
+            time.sleep(0.0005)
+
+    def before_fork(self) -> None:
+        """Close every connection, once other threads are done with it, so that the child inherits none.
+
+        SQLite's table of locks is inherited, the kernel's locks are not: a child that opens a connection to a file which
+        its parent has open believes that it holds locks which it does not.
+        """
+        deadline = time.monotonic() + self.timeout
+        self._paused = True
+        while time.monotonic() < deadline:
+            with self._mutex:
+                working = {lease.thread for lease in self._leases() if lease.working}
+                if not working:
+                    self._close_connections()
+                if working <= {
+                    threading.get_ident()
+                }:  # a block of this very thread stays open, see after_fork_in_child
+                    return
+            time.sleep(0.0005)
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew, or, where the parent's connections could not be closed, refuse every call from now on."""
+        inherited = [connection for _, connection in self._readers] + ([self._writer] if self._writer else [])
+        for lease in (*(holder for holder, _ in self._readers), *self._queue):
+            lease.connection = None  # so that leaving the parent's block here touches nothing
+        self._forget_connections()
+        if inherited:
+            self._closed = "was in use when this process was forked: only the parent can go on with it"
+            _inherited.add(self._opened or (0, 0))
+            _never_close(inherited)
+
+    def after_fork_in_parent(self) -> None:
+        """Let work go on; connections are opened anew when they are next needed."""
+        self._paused = False
+
+
+_stores: weakref.WeakSet[_Store] = weakref.WeakSet()
+_stores_lock = (
+    threading.RLock()
+)  # held through a fork, so that no database is being added to the set meanwhile
+_inherited: set[tuple[int, int]] = (
+    set()
+)  # identities of files that this process inherited an open connection to
+
+
+def _never_close(connections: list[_Connection]) -> None:
+    """Keep inherited connections from ever being closed here, at interpreter exit too.
+
+    Closing one in the child may delete the parent's WAL (https://www.sqlite.org/howtocorrupt.html, section 2.6).
+    """
+    import ctypes
+
+    for connection in connections:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+
+
+def _before_fork() -> None:
+    _stores_lock.acquire()
+    for store in list(_stores):
+        store.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for store in list(_stores):
+        store.after_fork_in_parent()
+    _stores_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _stores_lock  # noqa: PLW0603  the parent's may be held by a thread that is not here
+    _stores_lock = threading.RLock()
+    for store in list(_stores):
+        store.after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+    )
+
+
+# ======================================================================================================================
+# Namespace: a table of records of one kind
+# ======================================================================================================================
+
+_BATCH_BYTES = 2**20  # of values that a walk holds at a time
+_BATCH_SECONDS = 0.02  # that a prune holds the write lock at a time
+
+_GET = "SELECT key, value, status, at, crc FROM {0} WHERE key = CAST(? AS TEXT)"
+_PUT = "INSERT INTO {0}(key, value, status, at, crc) VALUES(?, ?, ?, ?, ?) ON CONFLICT(key) DO "
+_PUT_OVER = (
+    _PUT + "UPDATE SET value = excluded.value, status = excluded.status, at = excluded.at, crc = excluded.crc"
+)
+_PUT_IF_ABSENT = _PUT + "NOTHING"
+_DELETE = "DELETE FROM {0} WHERE key = ?"
+_CLEAR = "DELETE FROM {0} WHERE status = ?"
+_COUNT = "SELECT count(*) FROM {0}"
+_COUNT_STATUS = "SELECT count(*) FROM {0} WHERE status IS ?"
+# `CAST(? AS TEXT)`, because text comes back as bytes: damaged text is then still found by what it is
+# `+status`, so that the walk stays in key order and each batch takes up where the last one ended; text sorts before x''
+_WALK_FROM = " FROM {0} WHERE key > CAST(?1 AS TEXT) AND key < x'' AND (?2 IS NULL OR +status = ?2) ORDER BY key LIMIT 1000"
+_WALK = "SELECT key, value, status, at, crc" + _WALK_FROM
+_WALK_KEYS = "SELECT key" + _WALK_FROM
+_LIST_FROM = "SELECT key, value, status, at, crc, rowid FROM {0} WHERE status IS CAST(? AS TEXT) "
+_LIST = _LIST_FROM + "ORDER BY at, rowid LIMIT ?"
+_LIST_NEWEST = _LIST_FROM + "ORDER BY at DESC, rowid DESC LIMIT ?"
+_STATUSES = (  # each distinct status, by one look into the index apiece
+    "WITH RECURSIVE s(v) AS (SELECT min(status) FROM {0} UNION ALL"
+    " SELECT (SELECT min(status) FROM {0} WHERE status > s.v) FROM s WHERE s.v IS NOT NULL) SELECT v FROM s"
+)
+_EXPIRED = (
+    "SELECT key, at, rowid FROM {0} WHERE status IS CAST(? AS TEXT) AND at < ? AND (at, rowid) > (?, ?)"
+    " ORDER BY at, rowid LIMIT 500"
+)
+_ODD_ROWS = (  # what no writer of ours stores, and what comparisons with text and numbers would pass over
+    "SELECT CAST(key AS TEXT) FROM {0} WHERE typeof(key) != 'text' OR typeof(value) != 'text' OR typeof(crc) != 'integer'"
+    " OR typeof(status) NOT IN ('text', 'null') OR typeof(at) NOT IN ('integer', 'null')"
+)
+_ROWS_FROM = (
+    "SELECT rowid, key, value, status, at, crc FROM {0} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT 1"
+)
+
+
+def _check_id(record_id: object) -> str:
+    """Return the id when it is one; raise InvalidRecordError otherwise."""
+    if type(record_id) is str and record_id.isprintable() and record_id:
+        return record_id
+    raise InvalidRecordError(
+        f"an id must be a str of one or more printable characters; got {_short(record_id)}"
+    )
+
+
+def _check_count(name: str, value: object) -> int:
+    """Return -1 for None, SQLite's word for no limit; raise InvalidRecordError for what is no count."""
+    if value is None:
+        return -1
+    if type(value) is int and 0 <= value < 2**63:
+        return value
+    raise InvalidRecordError(f"{name} must be an int of 0 or more, or None; got {_short(value)}")
+
+
+def _check_days(days: object) -> None:
+    """Raise InvalidRecordError for what is no number of days."""
+    if not (isinstance(days, (int, float)) and type(days) is not bool and 0 <= days < 10**9):
+        raise InvalidRecordError(f"days must be a number of 0 or more; got {_short(days)}")
+
+
+def _status_text(status: Any) -> str | None:
+    """Return the column text of a status: an enum by value, a bool as JSON writes it."""
+    value = status.value if isinstance(status, Enum) else status
+    if value is None or type(value) is str:
+        return value
+    if type(value) is bool:
+        return "true" if value else "false"
+    raise InvalidRecordError(
+        f"a status must be a str, an enum of str, a bool or None; got {type(value).__name__}"
+    )
+
+
+def _age(row: tuple[Any, ...]) -> tuple[bool, int, int]:
+    """Return what SQLite sorts a row of `_LIST` by: its age, NULL first, then its row number."""
+    return row[3] is not None, row[3] or 0, row[5]
+
+
+class Namespace(Generic[R]):
+    """The records of one kind: a table that alone reads and writes its rows. Made by `OperatorDb.namespace`.
+
+    A record is found by its id, by its status through an index, and by its age. Every verb is one transaction, or part of
+    the `transaction()` block that it stands in, and raises DamagedError, which names the key, for a record that is not
+    what was written; `delete` and `put` still work on such a record.
+    """
+
+    def __init__(
+        self,
+        store: _Store,
+        name: str,
+        record_type: type[R],
+        *,
+        key: str,
+        status: str | None = None,
+        at: str | None = None,
+        on_delete: Callable[[str], object] | None = None,
+    ) -> None:
+        self.name, self.record_type = name, record_type
+        self._store, self._codec, self._on_delete = store, _codec(record_type), on_delete
+        for role, attribute in (("key", key), ("status", status), ("at", at)):
+            if (
+                attribute is not None
+                and attribute not in self._codec.shapes
+                and not hasattr(record_type, attribute)
+            ):
+                raise InvalidRecordError(
+                    f"{role}={_short(attribute)}: {record_type.__name__} has no such field or property"
+                )
+            if attribute in self._codec.secrets:
+                raise InvalidRecordError(
+                    f"{role}={attribute!r} is a secret field: keys and columns are shown"
+                )
+        self._prefix = name + ":"
+        self._key = attrgetter(key)
+        self._status = attrgetter(status) if status else None
+        self._at = attrgetter(at) if at else None
+        self._get, self._put_over, self._put_if_absent = (
+            _sql.format(name) for _sql in (_GET, _PUT_OVER, _PUT_IF_ABSENT)
+        )
+
+    # ---- one record
+
+    def get(self, record_id: str) -> R | None:
+        """Return the record, or None."""
+        key = self._prefix + _check_id(record_id)
+        try:
+            rows = self._store.read(self._get, (key,))
+        except DamagedError as error:
+            raise DamagedError(f"{_short(key)} cannot be read: {error}") from None
+        return self._record(rows[0]) if rows else None
+
+    def put(self, record: R, *, if_absent: bool = False) -> bool:
+        """Store the record over the one with its id; with `if_absent`, only where there is none. Return whether stored."""
+        return self._store.write(self._put_if_absent if if_absent else self._put_over, self._row(record)) > 0
+
+    def update(self, record_id: str, change: Callable[[R], R]) -> R:
+        """Read, call `change(record)`, and store what it returns, as one transaction; return what is stored now.
+
+        Raises NotFoundError when there is no such record. `change` may raise, and then nothing is stored; it must not
+        keep others waiting, for it runs under the write lock.
+        """
+        with self._store.transaction():
+            record = self.get(record_id)
+            if record is None:
+                raise NotFoundError(f"there is no {_short(self._prefix + record_id)}")
+            before = self._row(record)
+            record = change(record)
+            after = self._row(record)
+            if after[0] != before[0]:
+                raise InvalidRecordError(
+                    f"update of {_short(before[0])} returned a record with another id, {_short(after[0])}"
+                )
+            if after != before:
+                self._store.write(self._put_over, after)
+            return record
+
+    def delete(self, record_id: str) -> bool:
+        """Remove the record; return whether there was one."""
+        key = self._prefix + _check_id(record_id)
+        if self._on_delete is None:
+            return self._store.write(_DELETE.format(self.name), (key,)) > 0
+        with self._store.transaction():
+            self._on_delete(record_id)
+            return self._store.write(_DELETE.format(self.name), (key,)) > 0
+
+    # ---- many records
+
+    def list(
+        self, status: Any = None, *, limit: int | None = None, newest_first: bool = False
+    ) -> builtins.list[R]:
+        """Return the records of a status (None: of any), oldest first, from one snapshot.
+
+        What it costs depends on the records returned alone. Records of equal age come in the order of their first storing.
+        """
+        most = _check_count("limit", limit)
+        sql = (_LIST_NEWEST if newest_first else _LIST).format(self.name)
+        try:
+            if status is not None:
+                rows = self._store.read(sql, (_status_text(status), most))
+            else:
+                with self._store.snapshot():
+                    each = [self._store.read(sql, (each_status, most)) for each_status in self._statuses()]
+                # a walk of the index for each status, merged: no sort of the whole table
+                rows = list(islice(merge(*each, key=_age, reverse=newest_first), None if most < 0 else most))
+            return [self._record(row) for row in rows]
+        except DamagedError as error:
+            raise DamagedError(next(self.problems(), str(error))) from None
+
+    def count(self, status: Any = None) -> int:
+        """Return how many records there are, or how many with this status."""
+        if status is None:
+            return int(self._store.read(_COUNT.format(self.name))[0][0])
+        return int(self._store.read(_COUNT_STATUS.format(self.name), (_status_text(status),))[0][0])
+
+    def keys(self, status: Any = None) -> Iterator[str]:
+        """Walk the ids in key order, as `values` walks the records."""
+        for row in self._walk(_WALK_KEYS, status):
+            yield self._id(row[0])
+
+    def values(self, status: Any = None) -> Iterator[R]:
+        """Walk the records in key order, in short batches that block nobody.
+
+        A record that is there throughout is seen exactly once; one that comes, goes or changes meanwhile, perhaps.
+        """
+        for row in self._walk(_WALK, status):
+            yield self._record(row)
+
+    def items(self, status: Any = None) -> Iterator[tuple[str, R]]:
+        """Walk pairs of id and record, as `values` does."""
+        for row in self._walk(_WALK, status):
+            yield self._id(row[0]), self._record(row)
+
+    def prune(
+        self,
+        days: float,
+        *,
+        status: Any = None,
+        keep: Callable[[str], bool] | None = None,
+        dry_run: bool = False,
+    ) -> int:
+        """Remove the records older than `days`, of one status if given, but those whose id `keep` wants; return how many.
+
+        It works in batches, each a transaction of its own of some 20 ms. `dry_run` counts and removes nothing.
+        """
+        _check_days(days)
+        if self._at is None:
+            raise InvalidRecordError(f"{self.name} has no age: it was made without at=")
+        before = _now() - int(days * 86400)
+        statuses = self._statuses() if status is None else [_status_text(status)]
+        return sum(self._prune_status(each, before, keep or (lambda _: False), dry_run) for each in statuses)
+
+    def _prune_status(
+        self, status: str | bytes | None, before: int, keep: Callable[[str], bool], dry_run: bool
+    ) -> int:
+        place, removed = (-(2**63), 0), 0
+        while True:
+            with self._store.snapshot() if dry_run else self._store.transaction():
+                rows = self._store.read(_EXPIRED.format(self.name), (status, before, *place))
+                deadline = time.monotonic() + _BATCH_SECONDS
+                for key, at, row in rows:
+                    record_id, place = self._id(key), (at, row)
+                    if not keep(record_id):
+                        removed += dry_run or self.delete(record_id)
+                    if time.monotonic() > deadline:
+                        break
+            if not rows:
+                return removed
+            time.sleep(0.002)  # lets another process in, which looks for the lock every millisecond
+
+    def clear(self, status: Any) -> int:
+        """Remove every record of a status; return how many."""
+        return self._store.write(_CLEAR.format(self.name), (_status_text(status),))
+
+    def statuses(self) -> builtins.list[str]:
+        """Return the distinct statuses that there are, sorted."""
+        return [status.decode(errors="replace") for status in self._statuses() if status is not None]
+
+    def _statuses(self) -> builtins.list[bytes | None]:
+        """Return the distinct statuses as they are stored, and None for the records without one."""
+        return [row[0] for row in self._store.read(_STATUSES.format(self.name)) if row[0] is not None] + [
+            None
+        ]
+
+    # ---- what is wrong
+
+    def problems(self) -> Iterator[str]:
+        """Find every record that cannot be read back, by its key; goes on to the end."""
+        try:
+            for row in self._store.read(_ODD_ROWS.format(self.name)):
+                yield f"{_short(self._id(row[0]))} in {self.name} has a column of a wrong type: another program wrote it"
+        except DamagedError as error:
+            yield f"{self.name}: {error}"
+        try:
+            for row in self._walk(_WALK_KEYS, None):
+                try:
+                    found = self._store.read(self._get, (row[0],))
+                    if found:
+                        self._record(found[0])
+                except DamagedError as error:
+                    yield f"{_short(row[0].decode(errors='replace'))}: {error}"
+        except DamagedError as error:
+            yield f"{self.name}: its keys cannot all be read ({error}); every row that can be reached follows"
+            yield from self._problems_by_row()
+
+    def _problems_by_row(self) -> Iterator[str]:
+        """Find what is wrong without the help of the index: row after row, past those that cannot be reached."""
+        place = -(2**63)
+        while True:
+            try:
+                rows = self._store.read(_ROWS_FROM.format(self.name), (place,))
+            except DamagedError:
+                after = self._next_readable(place)
+                yield f"{self.name}: rows {place + 1} to {after} cannot be read"
+                place = after
+                continue
+            if not rows:
+                return
+            place = rows[0][0]
+            try:
+                self._record(rows[0][1:])
+            except DamagedError as error:
+                yield str(error)
+
+    def _next_readable(self, place: int) -> int:
+        """Return the last row number of an unreadable stretch: search outwards, then back by halves."""
+        step, low = 1, place
+        while place + step < 2**63 - 1 and not self._reaches(place + step):
+            low, step = place + step, step * 2
+        high = min(place + step, 2**63 - 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._reaches(middle) else (middle, high)
+        return high
+
+    def _reaches(self, place: int) -> bool:
+        try:
+            self._store.read(_ROWS_FROM.format(self.name), (place,))
+        except DamagedError:
+            return False
+        return True
+
+    # ---- rows
+
+    def _row(self, record: R) -> tuple[str, str, str | None, int | None, int]:
+        value = self._codec.encode(record)
+        at = self._at(record) if self._at else None
+        if at is not None and not (type(at) is int and -(2**63) <= at < 2**63):
+            raise InvalidRecordError(
+                f"{self.name}: its age must be counted from Unix seconds; got {_short(at)}"
+            )
+        status = _status_text(self._status(record)) if self._status else None
+        return self._prefix + _check_id(self._key(record)), value, status, at, crc32(value.encode())
+
+    def _record(self, row: tuple[Any, ...]) -> R:
+        key, value, status, at, crc = row[:5]
+        try:
+            if crc32(value) != crc:
+                raise ValueError("its checksum does not match")
+            record = self._codec.decode(value)
+            said = _status_text(self._status(record)) if self._status else None
+            if key.decode() != self._prefix + self._key(record):
+                raise ValueError("it holds the record of another key")
+            if (status and status.decode()) != said or at != (self._at(record) if self._at else None):
+                raise ValueError("its status and age columns do not match the record")
+        except (ValueError, TypeError, AttributeError) as error:
+            name = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
+            raise DamagedError(
+                f"{_short(name)} is damaged: {error}; delete it, store it again, or restore a backup"
+            ) from None
+        return record
+
+    def _id(self, key: bytes) -> str:
+        return key.decode(errors="replace").removeprefix(self._prefix)
+
+    def _walk(self, sql: str, status: Any) -> Iterator[tuple[Any, ...]]:
+        wanted, last = _status_text(status), b""
+        while True:
+            try:
+                rows = self._store.read(sql.format(self.name), (last, wanted), most_bytes=_BATCH_BYTES)
+            except DamagedError as error:
+                raise DamagedError(
+                    f"{self.name}, after {_short(last.decode(errors='replace'))}: {error}"
+                ) from None
+            yield from rows
+            if not rows:
+                return
+            last = rows[-1][0]
+
+
+class _PlainNamespace(Namespace[Any]):
+    """A namespace whose dataclass is known to the operator's code alone: its records are read as plain JSON objects."""
+
+    def __init__(self, store: _Store, name: str) -> None:
+        super().__init__(store, name, _LogEntry, key="entry_id")
+
+    def _record(self, row: tuple[Any, ...]) -> Any:
+        try:
+            if crc32(row[1]) != row[4]:
+                raise ValueError("its checksum does not match")
+            return json.loads(row[1])
+        except (ValueError, TypeError, RecursionError):
+            raise DamagedError(
+                f"{_short(row[0].decode(errors='replace'))} is damaged: it is not what was written"
+            ) from None
+
+
+# ======================================================================================================================
+# Evidence: what a dispute is decided on
+# ======================================================================================================================
+
+_EVIDENCE_FIELDS = ("inputs", "outputs", "proof", "result_data")
+
+
+def _evidence(log: VerificationLog) -> bytes:
+    """Return the canonical JSON (sorted keys, no spaces, UTF-8) that the evidence hash is taken over."""
+    document = {name: _base64(getattr(log, name)) for name in _EVIDENCE_FIELDS}
+    document |= {"format": "agenc-evidence/1", "task_id": log.task_id, "proof_hash": log.proof_hash}
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _bundle(task: TaskRecord | None, log: VerificationLog) -> dict[str, Any]:
+    """Return a dispute bundle: one JSON object, byte strings in hex where they are arguments for the chain."""
+    return {
+        "format": "agenc-dispute/1",
+        "task": task and _codec(TaskRecord).to_json(task),
+        "proof": _codec(VerificationLog).to_json(log),
+        "evidence_hash": log.evidence_hash,
+        "submit_task_result": {name: value.hex() for name, value in log.submit_args().items()},
+        "initiate_dispute": {
+            name: value.hex() if isinstance(value, bytes) else value
+            for name, value in log.dispute_args().items()
+        },
+    }
+
+
+def verify_dispute_bundle(bundle: Any, *, evidence_hash: str | None = None) -> list[str]:
+    """Return what is wrong with a dispute bundle, a line for each check that failed; empty when it holds.
+
+    Needs no database. `evidence_hash` is the hash that stands on chain, 64 hex digits: with it, any change to the evidence
+    is found; without it, only contradictions within the bundle are. Whatever the bundle is, it is answered, not raised on.
+    """
+    if type(bundle) is not dict or type(bundle.get("proof")) is not dict:
+        return ["bundle: it is not a JSON object that holds a proof"]
+    try:
+        log = _codec(VerificationLog).from_json(
+            {k: v for k, v in bundle["proof"].items() if k != "evidence_hash"}
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        return [f"proof: {error}"]
+    found = []
+    task = None
+    if bundle.get("task") is not None:
+        try:
+            task = _codec(TaskRecord).from_json(dict(bundle["task"]))
+            if task.task_id != log.task_id:
+                found.append(f"task: it is {_short(task.task_id)}, the proof is for {_short(log.task_id)}")
+        except (ValueError, TypeError, AttributeError) as error:
+            found.append(f"task: {error}")
+            task = None
+    wanted = _bundle(task, log)
+    odd = [name for name in wanted if name != "task" and bundle.get(name) != wanted[name]]
+    found += [f"{name}: it is not what the proof's evidence gives" for name in odd]
+    found += [f"{_short(name)}: it is no part of a dispute bundle" for name in bundle if name not in wanted]
+    if evidence_hash is not None and evidence_hash != log.evidence_hash:
+        found.append(
+            f"chain: the evidence hash there is {_short(evidence_hash)}, that of this evidence {log.evidence_hash}"
+        )
+    return found
+
+
+# ======================================================================================================================
+# OperatorDb
+# ======================================================================================================================
+
+
+def _status(value: TaskStatus | str) -> TaskStatus:
+    """Parse a task status; raise InvalidRecordError for what is none."""
+    try:
+        return TaskStatus(value)
+    except ValueError:
+        raise InvalidRecordError(
+            f"{_short(value)} is no task status: use one of {', '.join(TaskStatus)}"
+        ) from None
+
+
+def _logs(session_id: str) -> tuple[str, str]:
+    """Return the names of a session's two logs: of its transcript and of its commands."""
+    return f"transcript:{session_id}", f"commands:{session_id}"
+
+
+def _moved(task: TaskRecord, status: TaskStatus, signature: str | None, at: int | None) -> TaskRecord:
+    """Move a task to a status and put that into its history; a move that the history shows already changes nothing."""
+    again = status == task.status and signature in (None, task.on_chain_signature)
+    if again or (signature and any((c.status, c.signature) == (status, signature) for c in task.history)):
+        return task
+    change = StatusChange(status=status, at=_now() if at is None else at, signature=signature)
+    task.history.append(change)
+    task.status = status
+    task.on_chain_signature = signature or task.on_chain_signature
+    if status == TaskStatus.COMPLETED and task.completed_at is None:
+        task.completed_at = change.at
+    return task
+
+
+class OperatorDb:
+    """The operator's database: tasks, sessions, proofs, config, and namespaces of its own, in one SQLite file.
+
+    `path` is the file (default: the environment's AGENC_DB_PATH, then ~/.agenc/operator.db), created private to its owner
+    when it is not there; ":memory:" is a private temporary file, removed at close. `read_only` changes no record and no
+    byte of the file. `timeout` is how many seconds a call waits for other threads and processes before BusyError.
+
+    Durability. A call that changes something returns after its commit, and that survives the death of the process at any
+    later moment. With `durable=True` it has also been synced to the disk: it survives loss of power, if the disk keeps its
+    word. With `durable=False` the last commits may be lost with the power, never a part of one. A write-ahead log that
+    something else cuts short loses its last commits without a sign.
+
+    Threads. One object serves any number of threads: writers take turns, in the order in which they came; readers run
+    beside them and see the last commit, or inside their own `transaction()` what it has done so far. An object belongs to
+    no thread. In asyncio, call it through `asyncio.to_thread`.
+
+    Processes. Any number may open one file on a local disk. After `fork()` parent and child may both go on with the
+    object; connections are closed before and opened anew after. Only the child of a thread that forked within its own
+    `transaction()` gets an object that refuses every call.
+
+    Records that are passed in are checked and copied as they are at that moment. All errors derive from OperatorDbError;
+    any verb may raise BusyError, ClosedError, DamagedError and StorageError.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        read_only: bool = False,
+        durable: bool = True,
+        timeout: float = 30.0,
+    ) -> None:
+        if not (type(timeout) in (int, float) and 0 <= timeout < threading.TIMEOUT_MAX):
+            raise InvalidRecordError(f"timeout must be a number of seconds, 0 or more; got {_short(timeout)}")
+        self._temporary: weakref.finalize[..., OperatorDb] | None = None
+        if (path or os.environ.get("AGENC_DB_PATH")) == ":memory:":
+            path = self._make_temporary()
+        self._store = _Store(_database_path(path), read_only=read_only, durable=durable, timeout=timeout)
+        self._tasks = Namespace(
+            self._store, "tasks", TaskRecord, key="task_id", status="status", at="age_from"
+        )
+        log = self._log = Namespace(
+            self._store, "session_log", _LogEntry, key="entry_id", status="log", at="seq"
+        )
+        self._sessions = Namespace(
+            self._store,
+            "sessions",
+            SessionState,
+            key="session_id",
+            at="last_active",
+            on_delete=lambda session_id: [log.clear(each) for each in _logs(session_id)],
+        )
+        self._proofs = Namespace(
+            self._store, "proofs", VerificationLog, key="task_id", status="submitted", at="timestamp"
+        )
+        self._config = Namespace(self._store, "config", OperatorConfig, key="operator_id")
+        ours: list[Namespace[Any]] = [self._tasks, self._sessions, self._log, self._proofs, self._config]
+        self._namespaces = {each.name: each for each in ours}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str] | None = None, **options: Any) -> OperatorDb:
+        """Return OperatorDb(path, **options), under the prototype's name for it."""
+        return cls(path, **options)
+
+    def _make_temporary(self) -> str:
+        import shutil
+        import tempfile
+
+        directory, owner = tempfile.mkdtemp(prefix="operator_db-"), os.getpid()
+
+        def remove() -> None:
+            if os.getpid() == owner:  # not in a forked child, which shares it
+                shutil.rmtree(directory, ignore_errors=True)
+
+        self._temporary = weakref.finalize(self, remove)
+        return os.path.join(directory, "operator.db")
+
+    def __enter__(self) -> OperatorDb:
+        """Return the open database."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close the database."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Show the path."""
+        return f"OperatorDb({self.path!r})"
+
+    @property
+    def path(self) -> str:
+        """The absolute path of the file, symbolic links resolved."""
+        return self._store.path
+
+    def close(self) -> None:
+        """Close the database; closing it again does nothing, and every later call raises ClosedError.
+
+        Waits up to `timeout` for the work of other threads, then raises BusyError and stays open. Raises ConflictError
+        inside one's own `transaction()`.
+        """
+        self._store.close()
+        if self._temporary is not None:
+            self._temporary()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make every change of the block one: all are committed at its end, or, if it raises, none.
+
+        The write lock is taken at once, so what the block reads stays true until it ends. A block within a block can fail,
+        and be caught, without the outer one. The block belongs to the thread and context that opened it: it must not await.
+        When an error (disk full, I/O) has ended SQLite's transaction, every later call in the block raises StorageError,
+        and so does leaving it.
+        """
+        with self._store.transaction():
+            yield
+
+    def namespace(
+        self, name: str, record_type: type[R], *, key: str, status: str | None = None, at: str | None = None
+    ) -> Namespace[R]:
+        """Return the namespace of a record type of the operator's own, making its table when there is none.
+
+        `name` is 1 to 48 lower-case letters, digits and underscores, a letter first. `key`, `status` and `at` name fields
+        or properties of the dataclass: the id (str), what status queries look for (str, an enum of str, or bool), and what
+        the age is counted from (Unix seconds). Raises InvalidRecordError for a name or type that will not do.
+        """
+        plain = (
+            type(name) is str and name.isascii() and name.replace("_", "").isalnum() and name == name.lower()
+        )
+        if (
+            not plain
+            or not name[0].isalpha()
+            or len(name) > 48
+            or name in _OUR_TABLES
+            or name.startswith("sqlite_")
+        ):
+            raise InvalidRecordError(
+                f"a namespace is 1 to 48 of a-z, 0-9 and _, a letter first, and none of ours; got {_short(name)}"
+            )
+        made = Namespace(self._store, name, record_type, key=key, status=status, at=at)
+        self._store.ensure_table(name)
+        self._namespaces[name] = made
+        return made
+
+    # ---- tasks
+
+    def store_task(self, task: TaskRecord) -> None:
+        """Store a task, in place of the one with its id.
+
+        History only grows: `task.history` is extended in place, so that it begins with what was stored and ends with the
+        task's status.
+        """
+        self._settle(task)
+        if not self._tasks.put(task, if_absent=True):
+            with self.transaction():
+                with suppress(DamagedError):  # a damaged record can be overwritten
+                    self._settle(task, self._tasks.get(task.task_id))
+                self._tasks.put(task)
+
+    @staticmethod
+    def _settle(task: TaskRecord, stored: TaskRecord | None = None) -> None:
+        _codec(TaskRecord).check(task)
+        known = stored.history if stored else []
+        if task.history[: len(known)] != known:
+            task.history[:] = known + [change for change in task.history if change not in known]
+        now = (task.status, task.on_chain_signature)
+        if not task.history or (task.history[-1].status, task.history[-1].signature or now[1]) != now:
+            task.history.append(StatusChange(status=task.status, signature=task.on_chain_signature))
+
+    def get_task(self, task_id: str) -> TaskRecord | None:
+        """Return the task, or None."""
+        return self._tasks.get(task_id)
+
+    def delete_task(self, task_id: str) -> bool:
+        """Remove a task, whatever its status, and leave its proof; return whether there was one."""
+        return self._tasks.delete(task_id)
+
+    def count_tasks(self) -> dict[TaskStatus, int]:
+        """Return how many tasks have each status, zeros included."""
+        with self._store.snapshot():
+            return {status: self._tasks.count(status) for status in TaskStatus}
+
+    def list_tasks(
+        self, status: TaskStatus | str | None = None, *, limit: int | None = None, newest_first: bool = False
+    ) -> list[TaskRecord]:
+        """Return the tasks of a status, or of any, by age (completion, or, lacking it, claim), oldest first."""
+        return self._tasks.list(status and _status(status), limit=limit, newest_first=newest_first)
+
+    def list_tasks_by_status(self, status: TaskStatus | str) -> list[TaskRecord]:
+        """Return the tasks of a status, oldest first; only they are read."""
+        return self._tasks.list(_status(status))
+
+    def iter_tasks(self, status: TaskStatus | str | None = None) -> Iterator[TaskRecord]:
+        """Walk the tasks in the order of their ids, in batches that block nobody; see `Namespace.values`."""
+        return self._tasks.values(status and _status(status))
+
+    def update_task_status(
+        self,
+        task_id: str,
+        status: TaskStatus | str,
+        *,
+        signature: str | None = None,
+        at: int | None = None,
+        expected: TaskStatus | str | None = None,
+    ) -> TaskRecord:
+        """Move a task to a status, put the move into its history, and return the task.
+
+        `at` is in Unix seconds (default: now), `signature` is the transaction's. With `expected`, ConflictError is raised
+        unless that is the task's status now. Moving it to where it is changes nothing, nor does a move whose signature the
+        history shows already. The first move to completed stamps `completed_at`. Raises NotFoundError.
+        """
+        wanted, must_be = _status(status), None if expected is None else _status(expected)
+
+        def change(task: TaskRecord) -> TaskRecord:
+            if must_be not in (None, task.status):
+                raise ConflictError(f"tasks:{_short(task_id)} is {task.status}, not {must_be}: read it again")
+            return _moved(task, wanted, signature, at)
+
+        return self._tasks.update(task_id, change)
+
+    def complete_task(
+        self, task_id: str, proof: VerificationLog, *, signature: str | None = None
+    ) -> TaskRecord:
+        """Store the proof of a task and move the task to completed, as one transaction; return the task.
+
+        Done again with the same evidence it changes nothing. Raises NotFoundError when there is no such task, and
+        ConflictError for a disputed or resolved task, for another task's proof, and where other evidence is stored.
+        """
+
+        def change(task: TaskRecord) -> TaskRecord:
+            if task.status not in (*_OPEN, TaskStatus.COMPLETED):
+                raise ConflictError(
+                    f"tasks:{_short(task_id)} is {task.status}: it cannot be completed any more"
+                )
+            self.store_proof(proof)
+            return _moved(task, TaskStatus.COMPLETED, signature, None)
+
+        if isinstance(proof, VerificationLog) and proof.task_id != task_id:
+            raise ConflictError(f"the proof is for task {_short(proof.task_id)}, not for {_short(task_id)}")
+        return self._tasks.update(task_id, change)
+
+    # ---- sessions
+
+    def store_session(self, session: SessionState) -> None:
+        """Store a session: its fields replace those that are stored, its log extends the log that is stored.
+
+        Raises ConflictError unless the log that is given begins with the stored one, so that nobody's entry is
+        overwritten unseen. To rewrite history, delete the session first.
+        """
+        _codec(SessionState).check(session)
+        name = session.session_id
+        with self.transaction():
+            said, commands = self._transcript(name), self._commands(name)
+            if (
+                session.transcript[: len(said)] != said
+                or session.command_history[: len(commands)] != commands
+            ):
+                raise ConflictError(
+                    f"sessions:{_short(name)} has entries that the given log lacks: read it again"
+                )
+            for entry in session.transcript[len(said) :]:
+                self._append(f"transcript:{name}", entry.content, entry.role, entry.timestamp)
+            for command in session.command_history[len(commands) :]:
+                self._append(f"commands:{name}", command, None, session.last_active)
+            self._sessions.put(replace(session, transcript=[], command_history=[]))
+
+    def get_session(self, session_id: str) -> SessionState | None:
+        """Return the session with its whole log, or None."""
+        with self._store.snapshot():
+            session = self._sessions.get(session_id)
+            return session and self._with_log(session)
+
+    def list_sessions(self, *, limit: int | None = None) -> list[SessionState]:
+        """Return the sessions with their logs, the least recently active first."""
+        with self._store.snapshot():
+            return [self._with_log(session) for session in self._sessions.list(limit=limit)]
+
+    def delete_session(self, session_id: str) -> bool:
+        """Remove a session and its log; return whether there was one."""
+        return self._sessions.delete(session_id)
+
+    def append_transcript(
+        self, session_id: str, role: str, content: str, *, timestamp: int | None = None
+    ) -> None:
+        """Add an utterance to a session, which is created when there is none; costs the same however long the log is."""
+        entry = TranscriptEntry(
+            role=role, content=content, timestamp=_now() if timestamp is None else timestamp
+        )
+        with self._touched(session_id, entry.timestamp):
+            self._append(f"transcript:{session_id}", entry.content, entry.role, entry.timestamp)
+
+    def append_command(self, session_id: str, command: str, *, timestamp: int | None = None) -> None:
+        """Add a command to a session's command history; the session is created when there is none."""
+        at = _now() if timestamp is None else timestamp
+        with self._touched(session_id, at):
+            self._append(f"commands:{session_id}", command, None, at)
+
+    def transcript(self, session_id: str, *, last: int | None = None) -> list[TranscriptEntry]:
+        """Return a session's transcript in order, or its last entries; only these are read. Empty for no such session."""
+        _check_count("last", last)
+        return self._transcript(_check_id(session_id), last)
+
+    def link_task(self, session_id: str, task_id: str) -> None:
+        """Add a task to those that a session is about, once; the session is created when there is none."""
+        _check_id(task_id)
+        with self._touched(session_id, _now()) as session:
+            if task_id not in session.active_task_ids:
+                session.active_task_ids.append(task_id)
+
+    def unlink_task(self, session_id: str, task_id: str) -> bool:
+        """Take a task off those that a session is about; return whether it was among them."""
+        with self.transaction():
+            session = self._sessions.get(session_id)
+            if session is None or task_id not in session.active_task_ids:
+                return False
+            session.active_task_ids.remove(task_id)
+            return self._sessions.put(session)
+
+    @contextmanager
+    def _touched(self, session_id: str, at: int) -> Iterator[SessionState]:
+        """Give the session to the block, in one transaction, and store it as active at a time, created when absent."""
+        with self.transaction():
+            session = self._sessions.get(session_id)
+            if session is None:
+                session = SessionState(session_id=session_id, created_at=at, last_active=at)
+            yield session
+            session.last_active = max(session.last_active, at)
+            self._sessions.put(session)
+
+    def _append(self, log: str, content: str, role: str | None, timestamp: int) -> None:
+        newest = self._log.list(log, limit=1, newest_first=True)
+        seq = newest[0].seq + 1 if newest else 0
+        self._log.put(_LogEntry(log=log, seq=seq, content=content, role=role, timestamp=timestamp))
+
+    def _entries(self, log: str, last: int | None = None) -> list[_LogEntry]:
+        entries = self._log.list(log, limit=last, newest_first=True)
+        first = entries[-1].seq if entries and last is not None else 0
+        if [entry.seq for entry in entries] != [*range(first, first + len(entries))][::-1]:
+            raise DamagedError(
+                f"session_log:{_short(log)} lacks entries; delete the session, or restore a backup"
+            )
+        return entries[::-1]
+
+    def _transcript(self, session_id: str, last: int | None = None) -> list[TranscriptEntry]:
+        return [
+            TranscriptEntry(role=entry.role or "", content=entry.content, timestamp=entry.timestamp)
+            for entry in self._entries(f"transcript:{session_id}", last)
+        ]
+
+    def _commands(self, session_id: str) -> list[str]:
+        return [entry.content for entry in self._entries(f"commands:{session_id}")]
+
+    def _with_log(self, session: SessionState) -> SessionState:
+        session.transcript = self._transcript(session.session_id)
+        session.command_history = self._commands(session.session_id)
+        return session
+
+    # ---- proofs
+
+    def store_proof(self, log: VerificationLog) -> bool:
+        """Store the proof of a task, once; return whether it is new.
+
+        The same evidence again changes nothing, not even the first timestamp or the submission. Raises ConflictError when
+        the task has other evidence: a proof is never overwritten.
+        """
+        with self.transaction():
+            if self._proofs.put(log, if_absent=True):
+                return True
+            stored = self._proofs.get(log.task_id)
+            if stored is not None and stored.evidence_hash != log.evidence_hash:
+                raise ConflictError(
+                    f"proofs:{_short(log.task_id)} holds other evidence ({stored.evidence_hash}) than was given"
+                    f" ({log.evidence_hash}); a proof is never overwritten"
+                )
+            return False
+
+    def get_proof(self, task_id: str) -> VerificationLog | None:
+        """Return the proof of a task, its evidence hash verified, or None."""
+        return self._proofs.get(task_id)
+
+    def list_proofs(
+        self, *, submitted: bool | None = None, limit: int | None = None
+    ) -> list[VerificationLog]:
+        """Return the proofs, or those that are or are not submitted, oldest first; `submitted=False` is the queue for retries."""
+        return self._proofs.list(submitted, limit=limit)
+
+    def delete_proof(self, task_id: str) -> bool:
+        """Remove the proof of a task; return whether there was one.
+
+        Raises ConflictError while it is not submitted, or its task is there and neither completed nor resolved.
+        """
+        with self.transaction():
+            if self._proof_is_needed(task_id):
+                raise ConflictError(
+                    f"proofs:{_short(task_id)} is not submitted, or its task is not settled: it may be needed"
+                )
+            return self._proofs.delete(task_id)
+
+    def _proof_is_needed(self, task_id: str) -> bool:
+        log = self._proofs.get(task_id)
+        return log is not None and (not log.submitted or self._task_is_unsettled(task_id))
+
+    def _task_is_unsettled(self, task_id: str) -> bool:
+        task = self._tasks.get(task_id)
+        return task is not None and task.status not in _SETTLED
+
+    def mark_proof_submitted(self, task_id: str, signature: str) -> VerificationLog:
+        """Record that a proof was submitted, and in which transaction; return the proof.
+
+        The same signature again changes nothing. Raises NotFoundError, and ConflictError for another signature.
+        """
+
+        def change(log: VerificationLog) -> VerificationLog:
+            if log.submission_signature not in (None, signature):
+                raise ConflictError(f"proofs:{_short(task_id)} was submitted by {log.submission_signature}")
+            return replace(log, submitted=True, submission_signature=_check_id(signature))
+
+        return self._proofs.update(task_id, change)
+
+    def dispute_bundle(self, task_id: str) -> dict[str, Any]:
+        """Return what a dispute over a task needs, as one JSON object, for `verify_dispute_bundle`; raises NotFoundError."""
+        with self._store.snapshot():
+            log = self._proofs.get(task_id)
+            if log is None:
+                raise NotFoundError(f"there is no {_short('proofs:' + task_id)}")
+            return _bundle(self._tasks.get(task_id), log)
+
+    # ---- config
+
+    def store_config(self, config: OperatorConfig) -> None:
+        """Store the operator's configuration, in place of the one that is there."""
+        self._config.put(config)
+
+    def get_config(self) -> OperatorConfig | None:
+        """Return the operator's configuration, or None."""
+        return self._config.get(OperatorConfig.operator_id)
+
+    # ---- upkeep
+
+    def prune(
+        self,
+        task_days: float | None = 30,
+        session_days: float | None = 90,
+        proof_days: float | None = None,
+        *,
+        dry_run: bool = False,
+    ) -> PruneReport:
+        """Remove what is older than so many days, give the space back to the file system, and report it. None: leave alone.
+
+        Of tasks only completed ones go; of proofs only submitted ones whose task is gone, completed or resolved. It works in
+        short batches, each of them final: interrupted, it has removed a part. `dry_run` counts the same and changes nothing.
+        On a full disk it may fail with StorageError, for SQLite writes before it frees; some tens of MB are enough. Inside
+        a `transaction()` block the file keeps its size.
+        """
+        for days in (task_days, session_days, proof_days):
+            _check_days(0 if days is None else days)
+        before = self._store.size()
+        if not dry_run:
+            self._store.checkpoint()  # what the WAL holds already would be needed twice
+        tasks = sessions = proofs = 0
+        if task_days is not None:
+            tasks = self._tasks.prune(task_days, status=TaskStatus.COMPLETED, dry_run=dry_run)
+        if session_days is not None:
+            sessions = self._sessions.prune(session_days, dry_run=dry_run)
+        if proof_days is not None:
+            proofs = self._proofs.prune(
+                proof_days, status=True, keep=self._task_is_unsettled, dry_run=dry_run
+            )
+        if not dry_run:
+            self._store.give_back_pages()
+        return PruneReport(
+            tasks=tasks,
+            sessions=sessions,
+            proofs=proofs,
+            bytes_before=before,
+            bytes_after=self._store.size(),
+            dry_run=dry_run,
+        )
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the file, a line for each damaged page, record and log; empty when it is sound.
+
+        Reads everything, changes nothing, repairs nothing, and goes on to the end whatever it finds.
+        """
+        found = list(self._store.integrity_problems())
+        with suppress(DamagedError):  # already reported
+            for name in self._store.other_tables():
+                self._namespaces.setdefault(name, _PlainNamespace(self._store, name))
+        for namespace in self._namespaces.values():
+            found += namespace.problems()
+        found += self._log_problems()
+        return found
+
+    def _log_problems(self) -> Iterator[str]:
+        try:
+            for log in self._log.statuses():
+                session_id = log.partition(":")[2]
+                try:
+                    with self._store.snapshot():
+                        newest = self._log.list(log, limit=1, newest_first=True)
+                        if newest and self._log.count(log) != newest[0].seq + 1:
+                            yield f"session_log:{_short(log)} lacks entries"
+                        if newest and self._sessions.get(session_id) is None:
+                            yield f"session_log:{_short(log)} belongs to no session"
+                except (DamagedError, InvalidRecordError):
+                    continue  # the record itself is reported by its namespace
+        except DamagedError as error:
+            yield f"session_log: {error}"
+
+
+# ======================================================================================================================
+# Self-check: the promises of this module, kept before your eyes on a scratch database
+# ======================================================================================================================
+
+
+def _expect(holds: object, what: str) -> None:
+    """Raise AssertionError with what was expected; unlike `assert`, under `python -O` too."""
+    if not holds:
+        raise AssertionError(what)
+
+
+def _refused(error: type[OperatorDbError], action: Callable[[], object]) -> str:
+    """Return the message of the error that an action must raise."""
+    try:
+        action()
+    except error as refusal:
+        return str(refusal)
+    raise AssertionError(f"no {error.__name__} was raised")
+
+
+def _promise_records(path: str) -> None:
+    with OperatorDb(path) as db:
+        task = TaskRecord(
+            task_id="tasks:50%",
+            payload=bytes(range(256)),
+            description="é \U0001f600",
+            reward_lamports=2**64 - 1,
+        )
+        db.store_task(task)
+        _expect(db.get_task("tasks:50%") == task, "the task that is read is the task that was stored")
+        _expect(db.get_task("tasks:51%") is None, "what was not stored is None")
+
+
+def _promise_refusals(path: str) -> None:
+    said = _refused(InvalidRecordError, lambda: TaskRecord(task_id="t", reward_lamports=-1))
+    _expect("reward_lamports" in said and "-1" in said, "the error names the field and shows the value")
+    said = _refused(InvalidRecordError, lambda: OperatorConfig(keypairs={"main": cast(str, b"5ecret")}))
+    _expect("5ecret" not in said, "the error does not show a secret")
+    _expect("5ecret" not in repr(OperatorConfig(keypairs={"main": "5ecret"})), "repr does not show a secret")
+
+
+def _promise_status(path: str) -> None:
+    with OperatorDb(path, durable=False) as db:
+        for number in range(6):
+            db.store_task(TaskRecord(task_id=str(number), status=TaskStatus.CLAIMED, claimed_at=number))
+        db.update_task_status("3", "InProgress", signature="sig-1", expected="claimed")
+        _refused(ConflictError, lambda: db.update_task_status("3", "completed", expected="claimed"))
+        moved = db.list_tasks_by_status("in_progress")
+        _expect([task.task_id for task in moved] == ["3"], "a status query finds what has the status")
+        _expect(
+            [change.signature for change in moved[0].history] == [None, "sig-1"],
+            "history holds every signature",
+        )
+        _expect(
+            [task.task_id for task in db.list_tasks(limit=2, newest_first=True)] == ["5", "4"],
+            "the newest come first",
+        )
+
+
+def _promise_threads(path: str) -> None:
+    with OperatorDb(path, durable=False) as db:
+        db.store_session(SessionState(session_id="s"))
+
+        def talk() -> None:
+            for _ in range(25):
+                db.append_transcript("s", "user", "hello")
+
+        threads = [threading.Thread(target=talk) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        _expect(len(db.transcript("s")) == 100, "every append of every thread is there")
+        stale = SessionState(
+            session_id="s", transcript=[TranscriptEntry(role="user", content="another beginning")]
+        )
+        _refused(ConflictError, lambda: db.store_session(stale))
+
+
+def _promise_transactions(path: str) -> None:
+    with OperatorDb(path) as db:
+        with suppress(KeyError), db.transaction():
+            db.store_task(TaskRecord(task_id="undone"))
+            raise KeyError
+        with db.transaction():
+            db.store_task(TaskRecord(task_id="kept"))
+            with suppress(KeyError), db.transaction():
+                db.store_task(TaskRecord(task_id="undone"))
+                raise KeyError
+        _expect(
+            [task.task_id for task in db.iter_tasks()] == ["kept"],
+            "a failed block leaves nothing, the outer one goes on",
+        )
+
+
+def _promise_proofs(path: str) -> None:
+    with OperatorDb(path) as db:
+        db.store_task(TaskRecord(task_id="t"))
+        proof = VerificationLog(task_id="t", outputs=b"the result", timestamp=0)
+        for _ in range(2):
+            _expect(
+                db.complete_task("t", proof).status == TaskStatus.COMPLETED,
+                "task and proof are stored, twice as once",
+            )
+        _refused(
+            ConflictError, lambda: db.store_proof(VerificationLog(task_id="t", outputs=b"another result"))
+        )
+        _refused(ConflictError, lambda: db.delete_proof("t"))
+        bundle = db.dispute_bundle("t")
+        _expect(
+            verify_dispute_bundle(bundle, evidence_hash=proof.evidence_hash) == [], "the dispute bundle holds"
+        )
+        bundle["proof"]["outputs"] = "AAAA"
+        _expect(
+            verify_dispute_bundle(bundle, evidence_hash=proof.evidence_hash),
+            "a bundle that was changed is found out",
+        )
+
+
+def _promise_prune(path: str) -> None:
+    with OperatorDb(path, durable=False) as db:
+        with db.transaction():
+            for number in range(200):
+                status = TaskStatus.COMPLETED if number else TaskStatus.DISPUTED
+                db.store_task(
+                    TaskRecord(task_id=str(number), payload=bytes(4096), status=status, claimed_at=0)
+                )
+        _expect(db.prune(dry_run=True).tasks == 199, "a dry run counts")
+        report = db.prune()
+        _expect(
+            (report.tasks, db.count_tasks()[TaskStatus.DISPUTED]) == (199, 1), "only what is completed goes"
+        )
+        _expect(report.bytes_after < report.bytes_before / 4, "the file shrinks")
+
+
+def _promise_damage(path: str) -> None:
+    with OperatorDb(path) as db:
+        db.store_task(TaskRecord(task_id="hurt", description="before"))
+        db.store_task(TaskRecord(task_id="whole"))
+    with open(path, "r+b") as file:  # closed by now; never do this to an open database
+        image = file.read()
+        file.seek(image.index(b"before"))
+        file.write(b"forged")
+    with OperatorDb(path) as db:
+        _expect(
+            "tasks:hurt" in _refused(DamagedError, lambda: db.get_task("hurt")),
+            "one changed word is an error with its key",
+        )
+        _expect(db.get_task("whole"), "what can be read is read")
+        _expect(len(db.check()) == 1, "check() lists what is damaged")
+
+
+def _promise_foreign_files(path: str) -> None:
+    for content, word in (
+        (_REDB_MAGIC + bytes(1000), "redb"),
+        (b"not a database" * 100, "not an SQLite"),
+        (b"x", "1 bytes"),
+    ):
+        with open(path, "wb") as file:
+            file.write(content)
+        _expect(word in _refused(ForeignFileError, lambda: OperatorDb(path)), f"the error says {word}")
+        with open(path, "rb") as file:
+            _expect(file.read() == content, "a file that is not ours is left as it was")
+
+
+def _promise_killed_writer(path: str) -> None:
+    import subprocess
+    import sys
+
+    folder, name = os.path.split(os.path.abspath(__file__))
+    program = (
+        f"import sys; sys.path.insert(0, {folder!r}); from {os.path.splitext(name)[0]} import *\n"
+        f"db = OperatorDb({path!r})\n"
+        "for n in range(10**6): db.store_task(TaskRecord(task_id=str(n))); print(n, flush=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as writer:
+        acknowledged = [int(cast(Any, writer.stdout).readline() or -1) for _ in range(20)]
+        writer.kill()
+        acknowledged += [int(line) for line in cast(Any, writer.stdout)]
+    with OperatorDb(path) as db:
+        _expect(acknowledged[-1] >= 19, "the writer wrote")
+        _expect(all(db.get_task(str(number)) for number in acknowledged), "every acknowledged write is there")
+        _expect(db.check() == [], "the file is sound")
+
+
+def _promise_private(path: str) -> None:
+    before = os.umask(0)
+    try:
+        with OperatorDb(path):
+            modes = {os.stat(name).st_mode & 0o777 for name in (path, path + "-wal")}
+    finally:
+        os.umask(before)
+    _expect(modes == {0o600}, "only the owner can read the file")
+
+
+def _promise_fork(path: str) -> None:
+    with OperatorDb(path) as db:
+        child = os.fork()
+        if child == 0:
+            with suppress(BaseException):
+                db.store_task(TaskRecord(task_id="child"))
+            os._exit(0)
+        db.store_task(TaskRecord(task_id="parent"))
+        os.waitpid(child, 0)
+        _expect(
+            [task.task_id for task in db.iter_tasks()] == ["child", "parent"], "parent and child both wrote"
+        )
+
+
+_PROMISES: tuple[tuple[str, Callable[[str], None]], ...] = (
+    ("a record reads back as it was stored", _promise_records),
+    ("what is not valid is refused by name, and no secret is shown", _promise_refusals),
+    ("status queries, history and compare-and-set", _promise_status),
+    ("threads append to one session and lose nothing", _promise_threads),
+    ("a block that fails leaves nothing behind", _promise_transactions),
+    ("a proof is stored once, with its task, and wins its dispute", _promise_proofs),
+    ("pruning takes what may go, and the file shrinks", _promise_prune),
+    ("damage is found, and named by key", _promise_damage),
+    ("a file that is not ours is refused and left alone", _promise_foreign_files),
+    ("a writer that is killed loses nothing it was told is stored", _promise_killed_writer),
+    *((("the file is private from its first byte", _promise_private),) if os.name == "posix" else ()),
+    *((("parent and child go on after fork()", _promise_fork),) if hasattr(os, "fork") else ()),
+)
+
+
+def self_check() -> bool:
+    """Try every promise on a scratch database, print a line for each, and return whether all of them held."""
+    import tempfile
+
+    held = 0
+    with tempfile.TemporaryDirectory(prefix="operator_db-") as directory:
+        for number, (sentence, promise) in enumerate(_PROMISES):
+            try:
+                promise(os.path.join(directory, f"{number}.db"))
+            except Exception as error:
+                print(f"FAIL  {sentence}\n      {type(error).__name__}: {error}")
+            else:
+                held += 1
+                print(f"ok    {sentence}", flush=True)
+    print(
+        f"{held} of {len(_PROMISES)} promises held (operator_db {__version__}, SQLite {sqlite3.sqlite_version})"
+    )
+    return held == len(_PROMISES)
+
+
+def inspect(path: str | None = None) -> bool:
+    """Print what the operator's own database holds and what is wrong with it; return whether it is sound, or not there."""
+    path = _database_path(path)
+    if not os.path.lexists(path):
+        print(f"{path}: no database yet; the first OperatorDb() creates it")
+        return True
+    try:
+        with OperatorDb(path, read_only=True) as db:
+            problems = db.check()
+            counts = (
+                ", ".join(f"{count} {status}" for status, count in db.count_tasks().items() if count)
+                or "none"
+            )
+            print(f"{path}: tasks {counts}; {len(problems) or 'no'} problems found")
+    except OperatorDbError as error:
+        problems = [str(error)]
+    for problem in problems:
+        print(f"      {problem}")
+    return not problems
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+if __name__ == "__main__":
+    sound = self_check()
+    raise SystemExit(0 if inspect() and sound else 1)
