@@ -397,6 +397,7 @@ class _Shape(NamedTuple):
     holds: Callable[[Any], bool]
     encode: Callable[[Any], Any] | None = None
     decode: Callable[[Any], Any] | None = None
+    sure: frozenset[type] = frozenset()  # types all of whose values hold
 
 
 def _refuse_constant(name: str) -> Any:
@@ -444,10 +445,10 @@ def _from_base64(value: str) -> bytes:
 
 _PLAIN: dict[Any, _Shape] = {
     str: _Shape("a str of valid Unicode", _is_text),
-    int: _Shape("an int", lambda v: type(v) is int),
-    bool: _Shape("a bool", lambda v: type(v) is bool),
+    int: _Shape("an int", lambda v: type(v) is int, sure=frozenset({int})),
+    bool: _Shape("a bool", lambda v: type(v) is bool, sure=frozenset({bool})),
     float: _Shape("a finite float", lambda v: type(v) in (float, int) and v - v == 0),
-    bytes: _Shape("bytes", lambda v: type(v) is bytes, _base64, _from_base64),
+    bytes: _Shape("bytes", lambda v: type(v) is bytes, _base64, _from_base64, frozenset({bytes})),
     Any: _Shape(f"JSON, at most {_DEEPEST} levels deep", _is_json),
     dict: _Shape(f"a JSON object, at most {_DEEPEST} levels deep", lambda v: type(v) is dict and _is_json(v)),
     list: _Shape(f"a JSON array, at most {_DEEPEST} levels deep", lambda v: type(v) is list and _is_json(v)),
@@ -462,7 +463,7 @@ def _shape(hint: Any) -> _Shape:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         rule = next((each for each in args[1:] if isinstance(each, _Rule)), None)
-        return _shape(args[0])._replace(**rule._asdict()) if rule else _shape(args[0])
+        return _shape(args[0])._replace(**rule._asdict(), sure=frozenset()) if rule else _shape(args[0])
     if origin in (typing.Union, types.UnionType) and len(args) == 2 and type(None) in args:
         return _optional(_shape(args[0] if args[1] is type(None) else args[1]))
     if origin is list:
@@ -473,11 +474,12 @@ def _shape(hint: Any) -> _Shape:
         return _dict_of(_shape(args[1]))
     if _is_enum(hint):
         members = {member.value: member for member in hint}
-        says = f"one of {', '.join(str(value) for value in members)}"
-        return _Shape(says, lambda v: type(v) is hint, lambda v: v.value, members.__getitem__)
+        says, encode = f"one of {', '.join(str(value) for value in members)}", attrgetter("_value_")
+        return _Shape(says, lambda v: type(v) is hint, encode, members.__getitem__, frozenset({hint}))
     if isinstance(hint, type) and is_dataclass(hint):
         codec = _codec(hint)
-        return _Shape(f"a {hint.__name__}", codec.holds, codec.to_json, codec.from_json)
+        sure = frozenset({hint} if codec.stays_checked else ())
+        return _Shape(f"a {hint.__name__}", codec.holds, codec.to_json, codec.from_json, sure)
     raise TypeError(f"{hint} has no JSON form here")
 
 
@@ -488,6 +490,7 @@ def _optional(inner: _Shape) -> _Shape:
         lambda v: v is None or holds(v),
         encode and (lambda v: None if v is None else encode(v)),
         decode and (lambda v: None if v is None else decode(v)),
+        inner.sure | {type(None)},
     )
 
 
@@ -539,7 +542,6 @@ class _Codec(Generic[R]):
         self._values: Callable[[R], tuple[Any, ...]] = attrgetter(*self.shapes, "__class__")
         every, parameters = fields(record_type), cast(Any, record_type).__dataclass_params__
         self._names = tuple(self.shapes)
-        self._checks = [(name, shape.holds) for name, shape in self.shapes.items()]
         self._enums = [(f.name, hints[f.name]) for f in every if _is_enum(hints[f.name])]
         self._encoders = [(name, shape.encode) for name, shape in self.shapes.items() if shape.encode]
         self._decoders = [(name, shape.decode) for name, shape in self.shapes.items() if shape.decode]
@@ -548,12 +550,11 @@ class _Codec(Generic[R]):
         self._required = [
             f.name for f in every if f.init and f.default is MISSING and f.default_factory is MISSING
         ]
+        # For each combination of types that fields have had and passed with: the checks that types do not decide.
+        self._unsure: dict[tuple[type, ...], list[tuple[int, Callable[[Any], bool]]]] = {}
         ours = issubclass(record_type, _Checked)
-        if ours and parameters.frozen:  # made means checked, and it cannot have changed since
-            self.holds = lambda record: type(record) is record_type  # type: ignore[method-assign]
-        # What a decoder returns is of its type; the rest is checked. Only a record whose making does nothing but check
-        # may be made without its constructor.
-        self._after_decoding = [check for check in self._checks if not self.shapes[check[0]].decode]
+        self.stays_checked = ours and parameters.frozen
+        # Only a record whose making does nothing but check may be made without its constructor.
         self._plainly_made = (
             parameters.init
             and not self._computed
@@ -568,29 +569,45 @@ class _Codec(Generic[R]):
         """Raise InvalidRecordError for the first field that does not hold, without its value when it is secret."""
         if type(record) is not self.record_type:
             raise InvalidRecordError(f"expected a {self.name}, got {type(record).__name__}")
-        for name, enum in self._enums:
-            value = getattr(record, name, None)
-            if type(value) is not enum and isinstance(value, str):
-                with suppress(
-                    ValueError
-                ):  # an enum's value stands for its member; what is neither is refused below
-                    object.__setattr__(record, name, enum(value))
         try:
-            for (name, holds), value in zip(self._checks, self._values(record), strict=False):
-                if not holds(value):
-                    shown = "***" if name in self.secrets else _short(value)
-                    kind = type(value).__name__
-                    raise InvalidRecordError(
-                        f"{self.name}.{name} must be {self.shapes[name].says}; got {kind} {shown}"
-                    )
+            values = self._values(record)[:-1]
         except AttributeError as error:
             raise InvalidRecordError(f"{self.name}: {error}") from None
+        self._check_values(
+            values if tuple(map(type, values)) in self._unsure else self._with_members(record, values)
+        )
+
+    def _with_members(self, record: R, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the values with an enum's value replaced, in the record too, by the member that it stands for."""
+        for name, enum in self._enums:
+            value = getattr(record, name)
+            if type(value) is not enum and isinstance(value, str):
+                with suppress(ValueError):  # what is neither is refused by the check
+                    object.__setattr__(record, name, enum(value))
+        return self._values(record)[:-1]
+
+    def _check_values(self, values: tuple[Any, ...]) -> None:
+        types = tuple(map(type, values))
+        unsure = self._unsure.get(types)
+        if unsure is None:
+            unsure = [(place, shape.holds) for place, shape in enumerate(self.shapes.values())]
+        for place, holds in unsure:
+            if not holds(values[place]):
+                name, shape = list(self.shapes.items())[place]
+                shown = "***" if name in self.secrets else _short(values[place])
+                raise InvalidRecordError(
+                    f"{self.name}.{name} must be {shape.says}; got {types[place].__name__} {shown}"
+                )
+        if types not in self._unsure:
+            sure = [shape.sure for shape in self.shapes.values()]
+            self._unsure[types] = [check for check in unsure if types[check[0]] not in sure[check[0]]]
 
     def holds(self, record: Any) -> bool:
-        """Whether the value is a whole record of this type."""
+        """Whether the value is a record of this type; raise InvalidRecordError for one that does not hold."""
         if type(record) is not self.record_type:
             return False
-        self.check(record)
+        if not self.stays_checked:
+            self.check(record)
         return True
 
     def to_json(self, record: R) -> dict[str, Any]:
@@ -604,23 +621,22 @@ class _Codec(Generic[R]):
         """Return the record that a JSON object holds; raise ValueError or TypeError when it holds none."""
         if type(document) is not dict:
             raise TypeError(f"a {self.name} is a JSON object")
-        for name in self._required:
+        whole = tuple(document) == self._names
+        for name in () if whole else self._required:
             if name not in document:
                 raise ValueError(f"{self.name}.{name} is missing")
         for name, decode in self._decoders:
-            if name in document:
+            if whole or name in document:
                 try:
                     document[name] = decode(document[name])
                 except (ValueError, TypeError, KeyError, AttributeError):
                     raise ValueError(f"{self.name}.{name} is not {self.shapes[name].says}") from None
-        if self._plainly_made and tuple(document) == self._names:
-            for name, holds in self._after_decoding:
-                if not holds(document[name]):
-                    raise ValueError(f"{self.name}.{name} is not {self.shapes[name].says}")
-            record = object.__new__(self.record_type)
-            vars(record).update(document)
-            return record
-        return self._constructed(document)
+        if not (whole and self._plainly_made):
+            return self._constructed(document)
+        self._check_values(tuple(document.values()))
+        record = object.__new__(self.record_type)
+        vars(record).update(document)
+        return record
 
     def _constructed(self, document: dict[str, Any]) -> R:
         settable = self._settable
@@ -1654,7 +1670,7 @@ def _check_days(days: object) -> None:
 
 def _status_text(status: Any) -> str | None:
     """Return the column text of a status: an enum by value, a bool as JSON writes it."""
-    value = status.value if isinstance(status, Enum) else status
+    value = status._value_ if isinstance(status, Enum) else status
     if value is None or type(value) is str:
         return value
     if type(value) is bool:
