@@ -356,6 +356,18 @@ class OperatorConfig(_Checked):
 
 
 @dataclass(kw_only=True)
+class _SessionRow(_Checked):
+    """What is stored of a session beside its log, and how many entries that log has, so that none can go unseen."""
+
+    session_id: Id
+    active_task_ids: list[Id]
+    created_at: UnixTime
+    last_active: UnixTime
+    transcript_entries: int = 0
+    commands: int = 0
+
+
+@dataclass(kw_only=True)
 class _LogEntry(_Checked):
     """One row of a session's log. `log` is `transcript:{session_id}` or `commands:{session_id}`; `seq` counts from 0."""
 
@@ -475,7 +487,10 @@ def _shape(hint: Any) -> _Shape:
     if _is_enum(hint):
         members = {member.value: member for member in hint}
         says, encode = f"one of {', '.join(str(value) for value in members)}", attrgetter("_value_")
-        return _Shape(says, lambda v: type(v) is hint, encode, members.__getitem__, frozenset({hint}))
+        if not all(_is_json(value) and value is not None for value in members):
+            raise TypeError(f"{hint.__name__} has members whose values JSON cannot carry")
+        decode = lambda v: members[v] if v in members else hint(v)  # noqa: E731  the latter for flags
+        return _Shape(says, lambda v: type(v) is hint, encode, decode, frozenset({hint}))
     if isinstance(hint, type) and is_dataclass(hint):
         codec = _codec(hint)
         sure = frozenset({hint} if codec.stays_checked else ())
@@ -494,13 +509,19 @@ def _optional(inner: _Shape) -> _Shape:
     )
 
 
+def _json_list(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise TypeError("not a JSON array")
+    return value
+
+
 def _list_of(inner: _Shape) -> _Shape:
     encode, decode, holds = inner.encode, inner.decode, inner.holds
     return _Shape(
         f"a list, each {inner.says}",
         lambda v: type(v) is list and all(map(holds, v)),
         encode and (lambda v: [encode(each) for each in v]),
-        decode and (lambda v: [decode(each) for each in v]),
+        decode and (lambda v: [decode(each) for each in _json_list(v)]),
     )
 
 
@@ -533,14 +554,10 @@ class _Codec(Generic[R]):
             hints = typing.get_type_hints(record_type, include_extras=True)
             for each in fields(record_type):
                 self.shapes[each.name] = _shape(hints[each.name])
-        except (
-            TypeError,
-            NameError,
-            RecursionError,
-        ) as error:  # the last: a record type that contains itself
+        except Exception as error:  # a hint that names nothing, has no JSON form, or contains its own type
             raise InvalidRecordError(f"{self.name}: {error}") from None
-        self._values: Callable[[R], tuple[Any, ...]] = attrgetter(*self.shapes, "__class__")
-        every, parameters = fields(record_type), cast(Any, record_type).__dataclass_params__
+        self._values: Callable[[R], tuple[Any, ...]] = attrgetter(*self.shapes, "__class__", "__class__")
+        every = fields(record_type)
         self._names = tuple(self.shapes)
         self._enums = [(f.name, hints[f.name]) for f in every if _is_enum(hints[f.name])]
         self._encoders = [(name, shape.encode) for name, shape in self.shapes.items() if shape.encode]
@@ -552,15 +569,11 @@ class _Codec(Generic[R]):
         ]
         # For each combination of types that fields have had and passed with: the checks that types do not decide.
         self._unsure: dict[tuple[type, ...], list[tuple[int, Callable[[Any], bool]]]] = {}
-        ours = issubclass(record_type, _Checked)
-        self.stays_checked = ours and parameters.frozen
-        # Only a record whose making does nothing but check may be made without its constructor.
-        self._plainly_made = (
-            parameters.init
-            and not self._computed
-            and (ours or not hasattr(record_type, "__post_init__"))
-            and not any("__slots__" in vars(base) for base in record_type.__mro__[:-1])
-        )
+        ours = issubclass(record_type, _Checked) and record_type.__module__ == __name__
+        self._ours = ours
+        self.stays_checked = ours and cast(Any, record_type).__dataclass_params__.frozen
+        # Of ours, making does nothing but check; an operator's constructor may do anything.
+        self._plainly_made = ours and not self._computed
         if self.secrets:
             record_type.__repr__ = _redacted_repr  # type: ignore[method-assign]
         _CODECS[record_type] = self
@@ -570,7 +583,7 @@ class _Codec(Generic[R]):
         if type(record) is not self.record_type:
             raise InvalidRecordError(f"expected a {self.name}, got {type(record).__name__}")
         try:
-            values = self._values(record)[:-1]
+            values = self._values(record)[:-2]
         except AttributeError as error:
             raise InvalidRecordError(f"{self.name}: {error}") from None
         self._check_values(
@@ -584,7 +597,7 @@ class _Codec(Generic[R]):
             if type(value) is not enum and isinstance(value, str):
                 with suppress(ValueError):  # what is neither is refused by the check
                     object.__setattr__(record, name, enum(value))
-        return self._values(record)[:-1]
+        return self._values(record)[:-2]
 
     def _check_values(self, values: tuple[Any, ...]) -> None:
         types = tuple(map(type, values))
@@ -592,7 +605,7 @@ class _Codec(Generic[R]):
         if unsure is None:
             unsure = [(place, shape.holds) for place, shape in enumerate(self.shapes.values())]
         for place, holds in unsure:
-            if not holds(values[place]):
+            if not self._is_sure(place, holds, values[place]):
                 name, shape = list(self.shapes.items())[place]
                 shown = "***" if name in self.secrets else _short(values[place])
                 raise InvalidRecordError(
@@ -601,6 +614,14 @@ class _Codec(Generic[R]):
         if types not in self._unsure:
             sure = [shape.sure for shape in self.shapes.values()]
             self._unsure[types] = [check for check in unsure if types[check[0]] not in sure[check[0]]]
+
+    def _is_sure(self, place: int, holds: Callable[[Any], bool], value: Any) -> bool:
+        try:
+            return holds(value)
+        except InvalidRecordError:  # of a record within, whose message shows what may be secret here
+            if self._names[place] in self.secrets:
+                return False
+            raise
 
     def holds(self, record: Any) -> bool:
         """Whether the value is a record of this type; raise InvalidRecordError for one that does not hold."""
@@ -640,8 +661,14 @@ class _Codec(Generic[R]):
 
     def _constructed(self, document: dict[str, Any]) -> R:
         settable = self._settable
-        record = self.record_type(**{name: value for name, value in document.items() if name in settable})
-        if not isinstance(record, _Checked):
+        try:
+            record = self.record_type(**{name: value for name, value in document.items() if name in settable})
+        except InvalidRecordError:
+            raise
+        except Exception as error:
+            why = "" if self.secrets else f": {error}"
+            raise ValueError(f"{self.name} cannot be made of it ({type(error).__name__}{why})") from None
+        if not self._ours:
             self.check(record)
         for name in self._computed:
             if name in document and document[name] != getattr(record, name):
@@ -652,12 +679,12 @@ class _Codec(Generic[R]):
         """Check the record and return it as one JSON document."""
         self.check(record)
         try:
-            return _encode_json(self.to_json(record))
-        except (
-            ValueError,
-            RecursionError,
-        ):  # an int of more than 4,300 digits, a record that contains itself
-            raise InvalidRecordError(f"{self.name} holds a value that JSON cannot carry") from None
+            text = _encode_json(self.to_json(record))
+            if not self._ours and self._values(self.decode(text.encode())) != self._values(record):
+                raise ValueError("its constructor changes it")
+        except (ValueError, TypeError, RecursionError):  # an int of over 4,300 digits, for one
+            raise InvalidRecordError(f"{self.name} holds what would not be read back as it is") from None
+        return text
 
     def decode(self, text: bytes) -> R:
         """Return the record that a stored document holds; raise ValueError or TypeError when it holds none."""
@@ -697,10 +724,15 @@ def _redacted_repr(record: Any) -> str:
 # ======================================================================================================================
 
 APPLICATION_ID = 0x41474E43  # "AGNC", https://www.sqlite.org/pragma.html#pragma_application_id
-_CREATE_TABLE = "CREATE TABLE {0}(key TEXT PRIMARY KEY NOT NULL, value TEXT NOT NULL, status TEXT, at INTEGER, crc INTEGER NOT NULL)"
-_CREATE_INDEX = "CREATE INDEX {0}_status_at ON {0}(status, at)"  # both texts stand in every file: changing one is a migration
+# Both texts stand in every file, so changing one is a migration.
+_CREATE_TABLE = (
+    'CREATE TABLE "{0}"(key TEXT PRIMARY KEY NOT NULL, value TEXT NOT NULL,'
+    " status TEXT, at INTEGER, crc INTEGER NOT NULL)"
+)
+_CREATE_INDEX = 'CREATE INDEX "{0}_status_at" ON "{0}"(status, at)'
 _OUR_TABLES = ("tasks", "sessions", "session_log", "proofs", "config")
 _WAL_LIMIT = 16 * 2**20  # bytes that an idle write-ahead log is cut back to
+_LET_IN = 0.002  # seconds between the batches of long work: others look for the lock every millisecond
 _REDB_MAGIC = b"redb\x1a\n\xa9\r\n"
 
 
@@ -755,7 +787,7 @@ class _Connection(sqlite3.Connection):
         while True:
             try:
                 return action()
-            except (sqlite3.Error, OverflowError) as error:
+            except (sqlite3.Error, OverflowError, UnicodeError) as error:
                 code = getattr(error, "sqlite_errorcode", 0) & 0xFF
                 if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
                     self.last_error = _typed(error, self.path)
@@ -771,6 +803,10 @@ class _Connection(sqlite3.Connection):
 def _typed(error: Exception, path: str) -> OperatorDbError:
     """Return this module's error for one of SQLite's result codes, https://www.sqlite.org/rescode.html."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if isinstance(error, UnicodeEncodeError):
+        return InvalidRecordError("text must be valid Unicode, without lone surrogates")
+    if isinstance(error, UnicodeDecodeError):
+        return DamagedError(f"{path} is damaged (its schema is not text): restore a backup")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return DamagedError(f"{path} is damaged ({error}): run check(), and restore a backup")
     if code == sqlite3.SQLITE_TOOBIG or isinstance(error, (OverflowError, sqlite3.DataError)):
@@ -803,14 +839,16 @@ def _connect(path: str, timeout: float, *, mode: str = "rw", durable: bool = Tru
         raise _typed(error, path) from None
     connection.path, connection.timeout = path, timeout
     connection.text_factory = bytes  # damaged text must reach the checksum, not fail to decode on the way
-    settings = ["cell_size_check=ON", "trusted_schema=OFF", "secure_delete=ON"]
-    settings += (
-        ["query_only=ON"]
-        if mode != "rw"
-        else [f"journal_size_limit={_WAL_LIMIT}", "fullfsync=ON", "checkpoint_fullfsync=ON"]
-    )
+    settings = ["cell_size_check=ON", "trusted_schema=OFF"]
     if mode == "rw":
-        settings.append(f"synchronous={'FULL' if durable else 'NORMAL'}")
+        settings += [
+            f"synchronous={'FULL' if durable else 'NORMAL'}",
+            "fullfsync=ON",
+            "checkpoint_fullfsync=ON",
+        ]
+        settings += ["secure_delete=ON", f"journal_size_limit={_WAL_LIMIT}"]
+    else:
+        settings.append("query_only=ON")
     try:
         for setting in settings:
             connection.query(f"PRAGMA {setting}")
@@ -886,11 +924,10 @@ def _inspect(path: str, timeout: float) -> int | None:
         before = os.stat(path)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
-    if (
-        0 < before.st_size < 512
-    ):  # SQLite takes a file of one byte for an empty database, and would overwrite it
+    # SQLite takes a file of one byte for an empty database, and would overwrite it
+    if 0 < before.st_size < 512:
         raise ForeignFileError(
-            f"{path} holds {before.st_size} bytes, which is no SQLite database; nothing was changed"
+            f"{path} holds {before.st_size} bytes: no SQLite database; nothing was changed"
         )
     # never read-write before the file is known to be ours: that would checkpoint and delete another application's WAL
     try:
@@ -922,11 +959,9 @@ def _named(path: str) -> ForeignFileError | None:
             f"{path} is the prototype's redb database: export it with `agenc-db export --format json`, "
             "import that into a new operator_db file, and give this module a path of its own"
         )
-    return (
-        None
-        if start == b"SQLite format 3\0"
-        else ForeignFileError(f"{path} is not an SQLite database; nothing was changed")
-    )
+    if start == b"SQLite format 3\0":
+        return None
+    return ForeignFileError(f"{path} is not an SQLite database; nothing was changed")
 
 
 def _version(connection: _Connection) -> int:
@@ -971,10 +1006,7 @@ def _check_table(query: Callable[..., list[tuple[Any, ...]]], path: str, table: 
         (table, f"{table}_status_at"),
     )
     if found and set(found) != wanted:
-        odd = next(
-            row for row in found + sorted(wanted) if (row in wanted) != (row in found) or row not in wanted
-        )
-        what = b" ".join(odd[:2]).decode(errors="replace")
+        what = b" ".join(sorted(wanted.symmetric_difference(found))[0][:2]).decode(errors="replace")
         raise ForeignFileError(f"{path}: {_short(what)} is not as operator_db makes it; nothing was changed")
     if not found and table in _OUR_TABLES:
         raise ForeignFileError(f"{path} has no table {table}; nothing was changed")
@@ -1051,9 +1083,8 @@ def _migrate(path: str, timeout: float, *, final_path: str) -> None:
     connection = _connect(path, timeout)
     try:
         if not _pragma(connection, "page_count"):
-            connection.query(
-                "PRAGMA auto_vacuum=INCREMENTAL"
-            )  # before journal_mode, or it silently stays off
+            # before journal_mode, or it silently stays off
+            connection.query("PRAGMA auto_vacuum=INCREMENTAL")
         if _pragma(connection, "journal_mode") != "wal":  # asked first: setting it takes locks
             _pragma(connection, "journal_mode=WAL")
         if _pragma(connection, "journal_mode") != "wal":
@@ -1130,9 +1161,7 @@ class _Lease:
         self.writes = writes
         self.working = False  # its turn has come: it may be using a connection
         self.connection: _Connection | None = None
-        self.token: Token[_Lease | None] | None = (
-            None  # of the context that opened the block; None outside one
-        )
+        self.token: Token[_Lease | None] | None = None  # of the context that opened the block
         self.blocks = 0
 
 
@@ -1234,10 +1263,11 @@ class _Store:
         if lease is None or lease.token is None:
             return None
         try:
-            self._current.reset(
-                lease.token
-            )  # refuses a token of another context: that of a task or worker begun inside
-        except (ValueError, RuntimeError):
+            self._current.reset(lease.token)
+        except (
+            ValueError,
+            RuntimeError,
+        ):  # another context's token: this is a task or worker begun inside the block
             return None
         lease.token = self._current.set(lease)
         return lease if lease.alive.locked() else None
@@ -1378,9 +1408,8 @@ class _Store:
             if connection.in_transaction:  # an interrupted holder's
                 connection.query("ROLLBACK")
             connection.last_error = None
-            connection.query(
-                "BEGIN IMMEDIATE", deadline=lease.deadline
-            )  # a deferred transaction that reads first can fail whatever the timeout
+            # a deferred transaction that reads first and writes then can fail whatever the timeout
+            connection.query("BEGIN IMMEDIATE", deadline=lease.deadline)
             lease.token = self._current.set(lease)
             try:
                 yield lease
@@ -1405,9 +1434,7 @@ class _Store:
         """Make the context that opened a block stand outside of it again."""
         if lease.token is not None:
             token, lease.token = lease.token, None
-            with suppress(
-                ValueError, RuntimeError
-            ):  # the block is being left in another context than it was opened in
+            with suppress(ValueError, RuntimeError):  # left in another context than it was opened in
                 self._current.reset(token)
 
     @contextmanager
@@ -1443,6 +1470,7 @@ class _Store:
                     connection.script(f"PRAGMA incremental_vacuum({most})")
                 if free <= most or _pragma(connection, "freelist_count") >= free:
                     break
+            time.sleep(_LET_IN)
         self.checkpoint()
 
     def checkpoint(self) -> None:
@@ -1535,9 +1563,8 @@ class _Store:
                 working = {lease.thread for lease in self._leases() if lease.working}
                 if not working:
                     self._close_connections()
-                if working <= {
-                    threading.get_ident()
-                }:  # a block of this very thread stays open, see after_fork_in_child
+                # a block of this very thread stays open: see after_fork_in_child
+                if working <= {threading.get_ident()}:
                     return
             time.sleep(0.0005)
 
@@ -1558,12 +1585,8 @@ class _Store:
 
 
 _stores: weakref.WeakSet[_Store] = weakref.WeakSet()
-_stores_lock = (
-    threading.RLock()
-)  # held through a fork, so that no database is being added to the set meanwhile
-_inherited: set[tuple[int, int]] = (
-    set()
-)  # identities of files that this process inherited an open connection to
+_stores_lock = threading.RLock()  # held through a fork, so that no database joins the set meanwhile
+_inherited: set[tuple[int, int]] = set()  # files that this process inherited an open connection to
 
 
 def _never_close(connections: list[_Connection]) -> None:
@@ -1609,38 +1632,36 @@ if hasattr(os, "register_at_fork"):
 _BATCH_BYTES = 2**20  # of values that a walk holds at a time
 _BATCH_SECONDS = 0.02  # that a prune holds the write lock at a time
 
-_GET = "SELECT key, value, status, at, crc FROM {0} WHERE key = CAST(? AS TEXT)"
-_PUT = "INSERT INTO {0}(key, value, status, at, crc) VALUES(?, ?, ?, ?, ?) ON CONFLICT(key) DO "
+_GET = 'SELECT key, value, status, at, crc FROM "{0}" WHERE key = CAST(? AS TEXT)'
+_PUT = 'INSERT INTO "{0}"(key, value, status, at, crc) VALUES(?, ?, ?, ?, ?) ON CONFLICT(key) DO '
 _PUT_OVER = (
     _PUT + "UPDATE SET value = excluded.value, status = excluded.status, at = excluded.at, crc = excluded.crc"
 )
 _PUT_IF_ABSENT = _PUT + "NOTHING"
-_DELETE = "DELETE FROM {0} WHERE key = ?"
-_CLEAR = "DELETE FROM {0} WHERE status = ?"
-_COUNT = "SELECT count(*) FROM {0}"
-_COUNT_STATUS = "SELECT count(*) FROM {0} WHERE status IS ?"
+_DELETE = 'DELETE FROM "{0}" WHERE key = ?'
+_CLEAR = 'DELETE FROM "{0}" WHERE status = ?'
+_COUNT = 'SELECT count(*) FROM "{0}"'
+_COUNT_STATUS = 'SELECT count(*) FROM "{0}" WHERE status IS ?'
 # `CAST(? AS TEXT)`, because text comes back as bytes: damaged text is then still found by what it is
 # `+status`, so that the walk stays in key order and each batch takes up where the last one ended; text sorts before x''
-_WALK_FROM = " FROM {0} WHERE key > CAST(?1 AS TEXT) AND key < x'' AND (?2 IS NULL OR +status = ?2) ORDER BY key LIMIT 1000"
+_WALK_FROM = " FROM \"{0}\" WHERE key > CAST(?1 AS TEXT) AND key < x'' AND (?2 IS NULL OR +status = ?2) ORDER BY key LIMIT 1000"
 _WALK = "SELECT key, value, status, at, crc" + _WALK_FROM
 _WALK_KEYS = "SELECT key" + _WALK_FROM
-_LIST_FROM = "SELECT key, value, status, at, crc, rowid FROM {0} WHERE status IS CAST(? AS TEXT) "
+# a key that is no text is none of ours, though it may look the same as bytes
+_LIST_FROM = "SELECT CASE typeof(key) WHEN 'text' THEN key END, value, status, at, crc, rowid FROM \"{0}\" WHERE status IS CAST(? AS TEXT) "
 _LIST = _LIST_FROM + "ORDER BY at, rowid LIMIT ?"
 _LIST_NEWEST = _LIST_FROM + "ORDER BY at DESC, rowid DESC LIMIT ?"
 _STATUSES = (  # each distinct status, by one look into the index apiece
-    "WITH RECURSIVE s(v) AS (SELECT min(status) FROM {0} UNION ALL"
-    " SELECT (SELECT min(status) FROM {0} WHERE status > s.v) FROM s WHERE s.v IS NOT NULL) SELECT v FROM s"
+    'WITH RECURSIVE s(v) AS (SELECT min(status) FROM "{0}" UNION ALL'
+    ' SELECT (SELECT min(status) FROM "{0}" WHERE status > s.v) FROM s WHERE s.v IS NOT NULL) SELECT v, typeof(v) FROM s'
 )
-_EXPIRED = (
-    "SELECT key, at, rowid FROM {0} WHERE status IS CAST(? AS TEXT) AND at < ? AND (at, rowid) > (?, ?)"
-    " ORDER BY at, rowid LIMIT 500"
-)
+_EXPIRED = _LIST_FROM + "AND at < ? AND (at, rowid) > (?, ?) ORDER BY at, rowid LIMIT 500"
 _ODD_ROWS = (  # what no writer of ours stores, and what comparisons with text and numbers would pass over
-    "SELECT CAST(key AS TEXT) FROM {0} WHERE typeof(key) != 'text' OR typeof(value) != 'text' OR typeof(crc) != 'integer'"
+    "SELECT CAST(key AS TEXT) FROM \"{0}\" WHERE typeof(key) != 'text' OR key = '' OR typeof(value) != 'text' OR typeof(crc) != 'integer'"
     " OR typeof(status) NOT IN ('text', 'null') OR typeof(at) NOT IN ('integer', 'null')"
 )
 _ROWS_FROM = (
-    "SELECT rowid, key, value, status, at, crc FROM {0} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT 1"
+    'SELECT rowid, key, value, status, at, crc FROM "{0}" NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT 1'
 )
 
 
@@ -1671,8 +1692,8 @@ def _check_days(days: object) -> None:
 def _status_text(status: Any) -> str | None:
     """Return the column text of a status: an enum by value, a bool as JSON writes it."""
     value = status._value_ if isinstance(status, Enum) else status
-    if value is None or type(value) is str:
-        return value
+    if value is None or _is_text(value):
+        return cast("str | None", value)
     if type(value) is bool:
         return "true" if value else "false"
     raise InvalidRecordError(
@@ -1707,13 +1728,12 @@ class Namespace(Generic[R]):
         self.name, self.record_type = name, record_type
         self._store, self._codec, self._on_delete = store, _codec(record_type), on_delete
         for role, attribute in (("key", key), ("status", status), ("at", at)):
-            if (
-                attribute is not None
-                and attribute not in self._codec.shapes
-                and not hasattr(record_type, attribute)
-            ):
+            known = attribute in self._codec.shapes or (
+                type(attribute) is str and hasattr(record_type, attribute)
+            )
+            if not known and (role == "key" or attribute is not None):
                 raise InvalidRecordError(
-                    f"{role}={_short(attribute)}: {record_type.__name__} has no such field or property"
+                    f"{role}={_short(attribute)}: {record_type.__name__} has no such field"
                 )
             if attribute in self._codec.secrets:
                 raise InvalidRecordError(
@@ -1765,7 +1785,9 @@ class Namespace(Generic[R]):
 
     def delete(self, record_id: str) -> bool:
         """Remove the record; return whether there was one."""
-        key = self._prefix + _check_id(record_id)
+        if not _is_text(record_id):
+            raise InvalidRecordError(f"an id must be a str; got {_short(record_id)}")
+        key = self._prefix + record_id  # no other check: what another program wrote can be deleted too
         if self._on_delete is None:
             return self._store.write(_DELETE.format(self.name), (key,)) > 0
         with self._store.transaction():
@@ -1792,8 +1814,8 @@ class Namespace(Generic[R]):
                 # a walk of the index for each status, merged: no sort of the whole table
                 rows = list(islice(merge(*each, key=_age, reverse=newest_first), None if most < 0 else most))
             return [self._record(row) for row in rows]
-        except DamagedError as error:
-            raise DamagedError(next(self.problems(), str(error))) from None
+        except (DamagedError, TypeError) as error:  # the latter from ages that cannot be compared
+            raise DamagedError(next(self.problems(), f"{self.name}: {error}")) from None
 
     def count(self, status: Any = None) -> int:
         """Return how many records there are, or how many with this status."""
@@ -1844,17 +1866,20 @@ class Namespace(Generic[R]):
         place, removed = (-(2**63), 0), 0
         while True:
             with self._store.snapshot() if dry_run else self._store.transaction():
-                rows = self._store.read(_EXPIRED.format(self.name), (status, before, *place))
+                rows = self._store.read(
+                    _EXPIRED.format(self.name), (status, before, *place), most_bytes=_BATCH_BYTES
+                )
                 deadline = time.monotonic() + _BATCH_SECONDS
-                for key, at, row in rows:
-                    record_id, place = self._id(key), (at, row)
+                for row in rows:
+                    # decoded, because an index with one bit flipped says of the wrong record that it may go
+                    record_id, place = self._key(self._record(row)), (row[3], row[5])
                     if not keep(record_id):
                         removed += dry_run or self.delete(record_id)
                     if time.monotonic() > deadline:
                         break
             if not rows:
                 return removed
-            time.sleep(0.002)  # lets another process in, which looks for the lock every millisecond
+            time.sleep(_LET_IN)
 
     def clear(self, status: Any) -> int:
         """Remove every record of a status; return how many."""
@@ -1866,9 +1891,10 @@ class Namespace(Generic[R]):
 
     def _statuses(self) -> builtins.list[bytes | None]:
         """Return the distinct statuses as they are stored, and None for the records without one."""
-        return [row[0] for row in self._store.read(_STATUSES.format(self.name)) if row[0] is not None] + [
-            None
-        ]
+        rows = self._store.read(_STATUSES.format(self.name))
+        if any(kind not in (b"text", b"null") for _, kind in rows):
+            raise DamagedError(f"{self.name} holds a status that is no text: run check()")
+        return [*(status for status, _ in rows if status is not None), None]
 
     # ---- what is wrong
 
@@ -1876,7 +1902,8 @@ class Namespace(Generic[R]):
         """Find every record that cannot be read back, by its key; goes on to the end."""
         try:
             for row in self._store.read(_ODD_ROWS.format(self.name)):
-                yield f"{_short(self._id(row[0]))} in {self.name} has a column of a wrong type: another program wrote it"
+                key = (row[0] or b"a row without a key").decode(errors="replace")
+                yield f"{_short(key)} in {self.name} has a column of a wrong type: another program wrote it"
         except DamagedError as error:
             yield f"{self.name}: {error}"
         try:
@@ -1902,7 +1929,7 @@ class Namespace(Generic[R]):
                 yield f"{self.name}: rows {place + 1} to {after} cannot be read"
                 place = after
                 continue
-            if not rows:
+            if not rows or rows[0][0] <= place:
                 return
             place = rows[0][0]
             try:
@@ -1949,17 +1976,19 @@ class Namespace(Generic[R]):
             said = _status_text(self._status(record)) if self._status else None
             if key.decode() != self._prefix + self._key(record):
                 raise ValueError("it holds the record of another key")
-            if (status and status.decode()) != said or at != (self._at(record) if self._at else None):
+            if (None if status is None else status.decode()) != said or at != (
+                self._at(record) if self._at else None
+            ):
                 raise ValueError("its status and age columns do not match the record")
-        except (ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever an operator's own properties raise, too
             name = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
             raise DamagedError(
                 f"{_short(name)} is damaged: {error}; delete it, store it again, or restore a backup"
             ) from None
         return record
 
-    def _id(self, key: bytes) -> str:
-        return key.decode(errors="replace").removeprefix(self._prefix)
+    def _id(self, key: bytes | None) -> str:
+        return (key or b"a row without a key").decode(errors="replace").removeprefix(self._prefix)
 
     def _walk(self, sql: str, status: Any) -> Iterator[tuple[Any, ...]]:
         wanted, last = _status_text(status), b""
@@ -1970,10 +1999,15 @@ class Namespace(Generic[R]):
                 raise DamagedError(
                     f"{self.name}, after {_short(last.decode(errors='replace'))}: {error}"
                 ) from None
-            yield from rows
+            for row in rows:
+                if row[0] <= last:  # a damaged key, which would lead the walk round in circles
+                    raise DamagedError(
+                        f"{self.name}: its index is out of order at {_short(self._id(row[0]))}"
+                    )
+                last = row[0]
+                yield row
             if not rows:
                 return
-            last = rows[-1][0]
 
 
 class _PlainNamespace(Namespace[Any]):
@@ -2028,8 +2062,8 @@ def verify_dispute_bundle(bundle: Any, *, evidence_hash: str | None = None) -> l
     Needs no database. `evidence_hash` is the hash that stands on chain, 64 hex digits: with it, any change to the evidence
     is found; without it, only contradictions within the bundle are. Whatever the bundle is, it is answered, not raised on.
     """
-    if type(bundle) is not dict or type(bundle.get("proof")) is not dict:
-        return ["bundle: it is not a JSON object that holds a proof"]
+    if type(bundle) is not dict or type(bundle.get("proof")) is not dict or "task" not in bundle:
+        return ["bundle: it is not a JSON object that holds a task and a proof"]
     try:
         log = _codec(VerificationLog).from_json(
             {k: v for k, v in bundle["proof"].items() if k != "evidence_hash"}
@@ -2040,7 +2074,7 @@ def verify_dispute_bundle(bundle: Any, *, evidence_hash: str | None = None) -> l
     task = None
     if bundle.get("task") is not None:
         try:
-            task = _codec(TaskRecord).from_json(dict(bundle["task"]))
+            task = _codec(TaskRecord).from_json(bundle["task"] and {**bundle["task"]})
             if task.task_id != log.task_id:
                 found.append(f"task: it is {_short(task.task_id)}, the proof is for {_short(log.task_id)}")
         except (ValueError, TypeError, AttributeError) as error:
@@ -2050,7 +2084,7 @@ def verify_dispute_bundle(bundle: Any, *, evidence_hash: str | None = None) -> l
     odd = [name for name in wanted if name != "task" and bundle.get(name) != wanted[name]]
     found += [f"{name}: it is not what the proof's evidence gives" for name in odd]
     found += [f"{_short(name)}: it is no part of a dispute bundle" for name in bundle if name not in wanted]
-    if evidence_hash is not None and evidence_hash != log.evidence_hash:
+    if evidence_hash is not None and str(evidence_hash).lower() != log.evidence_hash:
         found.append(
             f"chain: the evidence hash there is {_short(evidence_hash)}, that of this evidence {log.evidence_hash}"
         )
@@ -2065,7 +2099,7 @@ def verify_dispute_bundle(bundle: Any, *, evidence_hash: str | None = None) -> l
 def _status(value: TaskStatus | str) -> TaskStatus:
     """Parse a task status; raise InvalidRecordError for what is none."""
     try:
-        return TaskStatus(value)
+        return TaskStatus(value if isinstance(value, str) else "")
     except ValueError:
         raise InvalidRecordError(
             f"{_short(value)} is no task status: use one of {', '.join(TaskStatus)}"
@@ -2138,7 +2172,7 @@ class OperatorDb:
         self._sessions = Namespace(
             self._store,
             "sessions",
-            SessionState,
+            _SessionRow,
             key="session_id",
             at="last_active",
             on_delete=lambda session_id: [log.clear(each) for each in _logs(session_id)],
@@ -2252,12 +2286,20 @@ class OperatorDb:
     @staticmethod
     def _settle(task: TaskRecord, stored: TaskRecord | None = None) -> None:
         _codec(TaskRecord).check(task)
-        known = stored.history if stored else []
-        if task.history[: len(known)] != known:
-            task.history[:] = known + [change for change in task.history if change not in known]
-        now = (task.status, task.on_chain_signature)
-        if not task.history or (task.history[-1].status, task.history[-1].signature or now[1]) != now:
+        if stored is not None:
+            if task.history[: len(stored.history)] != stored.history:
+                later = [change for change in task.history if change not in stored.history]
+                task.history[:] = stored.history + later
+            if task.completed_at is None:
+                task.completed_at = stored.completed_at
+        last = task.history[-1] if task.history else None
+        if last is None or (last.status, last.signature or task.on_chain_signature) != (
+            task.status,
+            task.on_chain_signature,
+        ):
             task.history.append(StatusChange(status=task.status, signature=task.on_chain_signature))
+            if task.status == TaskStatus.COMPLETED and task.completed_at is None:
+                task.completed_at = task.history[-1].at
 
     def get_task(self, task_id: str) -> TaskRecord | None:
         """Return the task, or None."""
@@ -2276,7 +2318,9 @@ class OperatorDb:
         self, status: TaskStatus | str | None = None, *, limit: int | None = None, newest_first: bool = False
     ) -> list[TaskRecord]:
         """Return the tasks of a status, or of any, by age (completion, or, lacking it, claim), oldest first."""
-        return self._tasks.list(status and _status(status), limit=limit, newest_first=newest_first)
+        return self._tasks.list(
+            None if status is None else _status(status), limit=limit, newest_first=newest_first
+        )
 
     def list_tasks_by_status(self, status: TaskStatus | str) -> list[TaskRecord]:
         """Return the tasks of a status, oldest first; only they are read."""
@@ -2284,7 +2328,7 @@ class OperatorDb:
 
     def iter_tasks(self, status: TaskStatus | str | None = None) -> Iterator[TaskRecord]:
         """Walk the tasks in the order of their ids, in batches that block nobody; see `Namespace.values`."""
-        return self._tasks.values(status and _status(status))
+        return self._tasks.values(None if status is None else _status(status))
 
     def update_task_status(
         self,
@@ -2302,6 +2346,8 @@ class OperatorDb:
         history shows already. The first move to completed stamps `completed_at`. Raises NotFoundError.
         """
         wanted, must_be = _status(status), None if expected is None else _status(expected)
+        if signature is not None:
+            _check_id(signature)
 
         def change(task: TaskRecord) -> TaskRecord:
             if must_be not in (None, task.status):
@@ -2325,7 +2371,11 @@ class OperatorDb:
                     f"tasks:{_short(task_id)} is {task.status}: it cannot be completed any more"
                 )
             self.store_proof(proof)
-            return _moved(task, TaskStatus.COMPLETED, signature, None)
+            return (
+                task
+                if task.status == TaskStatus.COMPLETED
+                else _moved(task, TaskStatus.COMPLETED, signature, None)
+            )
 
         if isinstance(proof, VerificationLog) and proof.task_id != task_id:
             raise ConflictError(f"the proof is for task {_short(proof.task_id)}, not for {_short(task_id)}")
@@ -2340,32 +2390,42 @@ class OperatorDb:
         overwritten unseen. To rewrite history, delete the session first.
         """
         _codec(SessionState).check(session)
-        name = session.session_id
+        name, said, commands = session.session_id, session.transcript, session.command_history
         with self.transaction():
-            said, commands = self._transcript(name), self._commands(name)
-            if (
-                session.transcript[: len(said)] != said
-                or session.command_history[: len(commands)] != commands
-            ):
+            row = self._sessions.get(name)
+            stored = self._with_log(row) if row else SessionState(session_id=name)
+            known, given = len(stored.transcript), len(stored.command_history)
+            if said[:known] != stored.transcript or commands[:given] != stored.command_history:
                 raise ConflictError(
                     f"sessions:{_short(name)} has entries that the given log lacks: read it again"
                 )
-            for entry in session.transcript[len(said) :]:
-                self._append(f"transcript:{name}", entry.content, entry.role, entry.timestamp)
-            for command in session.command_history[len(commands) :]:
-                self._append(f"commands:{name}", command, None, session.last_active)
-            self._sessions.put(replace(session, transcript=[], command_history=[]))
+            self._append(
+                f"transcript:{name}", known, [(e.content, e.role, e.timestamp) for e in said[known:]]
+            )
+            self._append(
+                f"commands:{name}", given, [(c, None, session.last_active) for c in commands[given:]]
+            )
+            self._sessions.put(
+                _SessionRow(
+                    session_id=name,
+                    active_task_ids=session.active_task_ids,
+                    created_at=session.created_at,
+                    last_active=session.last_active,
+                    transcript_entries=len(said),
+                    commands=len(commands),
+                )
+            )
 
     def get_session(self, session_id: str) -> SessionState | None:
         """Return the session with its whole log, or None."""
         with self._store.snapshot():
-            session = self._sessions.get(session_id)
-            return session and self._with_log(session)
+            row = self._sessions.get(session_id)
+            return self._with_log(row) if row else None
 
     def list_sessions(self, *, limit: int | None = None) -> list[SessionState]:
         """Return the sessions with their logs, the least recently active first."""
         with self._store.snapshot():
-            return [self._with_log(session) for session in self._sessions.list(limit=limit)]
+            return [self._with_log(row) for row in self._sessions.list(limit=limit)]
 
     def delete_session(self, session_id: str) -> bool:
         """Remove a session and its log; return whether there was one."""
@@ -2378,19 +2438,22 @@ class OperatorDb:
         entry = TranscriptEntry(
             role=role, content=content, timestamp=_now() if timestamp is None else timestamp
         )
-        with self._touched(session_id, entry.timestamp):
-            self._append(f"transcript:{session_id}", entry.content, entry.role, entry.timestamp)
+        with self._touched(session_id, entry.timestamp) as row:
+            words = (entry.content, entry.role, entry.timestamp)
+            row.transcript_entries = self._append(f"transcript:{session_id}", row.transcript_entries, [words])
 
     def append_command(self, session_id: str, command: str, *, timestamp: int | None = None) -> None:
         """Add a command to a session's command history; the session is created when there is none."""
         at = _now() if timestamp is None else timestamp
-        with self._touched(session_id, at):
-            self._append(f"commands:{session_id}", command, None, at)
+        with self._touched(session_id, at) as row:
+            row.commands = self._append(f"commands:{session_id}", row.commands, [(command, None, at)])
 
     def transcript(self, session_id: str, *, last: int | None = None) -> list[TranscriptEntry]:
         """Return a session's transcript in order, or its last entries; only these are read. Empty for no such session."""
         _check_count("last", last)
-        return self._transcript(_check_id(session_id), last)
+        with self._store.snapshot():
+            row = self._sessions.get(session_id)
+            return self._transcript(row, last) if row else []
 
     def link_task(self, session_id: str, task_id: str) -> None:
         """Add a task to those that a session is about, once; the session is created when there is none."""
@@ -2409,43 +2472,51 @@ class OperatorDb:
             return self._sessions.put(session)
 
     @contextmanager
-    def _touched(self, session_id: str, at: int) -> Iterator[SessionState]:
-        """Give the session to the block, in one transaction, and store it as active at a time, created when absent."""
+    def _touched(self, session_id: str, at: int) -> Iterator[_SessionRow]:
+        """Give a session's row to the block, in one transaction, and store it as active at a time, created when absent."""
         with self.transaction():
-            session = self._sessions.get(session_id)
-            if session is None:
-                session = SessionState(session_id=session_id, created_at=at, last_active=at)
-            yield session
-            session.last_active = max(session.last_active, at)
-            self._sessions.put(session)
+            row = self._sessions.get(session_id)
+            if row is None:
+                row = _SessionRow(session_id=session_id, active_task_ids=[], created_at=at, last_active=at)
+            yield row
+            row.last_active = max(row.last_active, at)
+            self._sessions.put(row)
 
-    def _append(self, log: str, content: str, role: str | None, timestamp: int) -> None:
-        newest = self._log.list(log, limit=1, newest_first=True)
-        seq = newest[0].seq + 1 if newest else 0
-        self._log.put(_LogEntry(log=log, seq=seq, content=content, role=role, timestamp=timestamp))
+    def _append(self, log: str, seq: int, entries: list[tuple[str, str | None, int]]) -> int:
+        """Store entries from a place in a log on; return how many the log then has."""
+        for place, (content, role, timestamp) in enumerate(entries, seq):
+            entry = _LogEntry(log=log, seq=place, content=content, role=role, timestamp=timestamp)
+            if not self._log.put(entry, if_absent=True):
+                raise DamagedError(
+                    f"session_log:{_short(log)} has more entries than its session knows: run check()"
+                )
+        return seq + len(entries)
 
-    def _entries(self, log: str, last: int | None = None) -> list[_LogEntry]:
-        entries = self._log.list(log, limit=last, newest_first=True)
-        first = entries[-1].seq if entries and last is not None else 0
-        if [entry.seq for entry in entries] != [*range(first, first + len(entries))][::-1]:
+    def _entries(self, log: str, count: int, last: int | None = None) -> list[_LogEntry]:
+        """Return a log's entries, or its last ones; raise DamagedError unless they are as many as its session knows."""
+        entries = self._log.list(log, limit=last, newest_first=True)[::-1]
+        first = 0 if last is None else max(0, count - last)
+        if [entry.seq for entry in entries] != [*range(first, count)]:
             raise DamagedError(
-                f"session_log:{_short(log)} lacks entries; delete the session, or restore a backup"
+                f"session_log:{_short(log)} lacks entries: delete the session, or restore a backup"
             )
-        return entries[::-1]
+        return entries
 
-    def _transcript(self, session_id: str, last: int | None = None) -> list[TranscriptEntry]:
+    def _transcript(self, row: _SessionRow, last: int | None = None) -> list[TranscriptEntry]:
         return [
             TranscriptEntry(role=entry.role or "", content=entry.content, timestamp=entry.timestamp)
-            for entry in self._entries(f"transcript:{session_id}", last)
+            for entry in self._entries(f"transcript:{row.session_id}", row.transcript_entries, last)
         ]
 
-    def _commands(self, session_id: str) -> list[str]:
-        return [entry.content for entry in self._entries(f"commands:{session_id}")]
-
-    def _with_log(self, session: SessionState) -> SessionState:
-        session.transcript = self._transcript(session.session_id)
-        session.command_history = self._commands(session.session_id)
-        return session
+    def _with_log(self, row: _SessionRow) -> SessionState:
+        return SessionState(
+            session_id=row.session_id,
+            transcript=self._transcript(row),
+            command_history=[e.content for e in self._entries(f"commands:{row.session_id}", row.commands)],
+            active_task_ids=row.active_task_ids,
+            created_at=row.created_at,
+            last_active=row.last_active,
+        )
 
     # ---- proofs
 
@@ -2458,7 +2529,10 @@ class OperatorDb:
         with self.transaction():
             if self._proofs.put(log, if_absent=True):
                 return True
-            stored = self._proofs.get(log.task_id)
+            try:
+                stored = self._proofs.get(log.task_id)
+            except DamagedError:  # what cannot be read is no evidence
+                return self._proofs.put(log)
             if stored is not None and stored.evidence_hash != log.evidence_hash:
                 raise ConflictError(
                     f"proofs:{_short(log.task_id)} holds other evidence ({stored.evidence_hash}) than was given"
@@ -2474,6 +2548,8 @@ class OperatorDb:
         self, *, submitted: bool | None = None, limit: int | None = None
     ) -> list[VerificationLog]:
         """Return the proofs, or those that are or are not submitted, oldest first; `submitted=False` is the queue for retries."""
+        if submitted is not None and type(submitted) is not bool:
+            raise InvalidRecordError(f"submitted must be a bool or None; got {_short(submitted)}")
         return self._proofs.list(submitted, limit=limit)
 
     def delete_proof(self, task_id: str) -> bool:
@@ -2489,7 +2565,10 @@ class OperatorDb:
             return self._proofs.delete(task_id)
 
     def _proof_is_needed(self, task_id: str) -> bool:
-        log = self._proofs.get(task_id)
+        try:
+            log = self._proofs.get(task_id)
+        except (DamagedError, InvalidRecordError):  # it can only be deleted
+            return False
         return log is not None and (not log.submitted or self._task_is_unsettled(task_id))
 
     def _task_is_unsettled(self, task_id: str) -> bool:
@@ -2578,24 +2657,31 @@ class OperatorDb:
         with suppress(DamagedError):  # already reported
             for name in self._store.other_tables():
                 self._namespaces.setdefault(name, _PlainNamespace(self._store, name))
-        for namespace in self._namespaces.values():
+        for namespace in list(self._namespaces.values()):
             found += namespace.problems()
         found += self._log_problems()
         return found
 
     def _log_problems(self) -> Iterator[str]:
+        """Find sessions whose log is not as long as they know, and logs that belong to no session."""
+        known: set[str] = set()
         try:
+            for session_id in self._sessions.keys():  # noqa: SIM118  a namespace is not iterable itself
+                logs = _logs(session_id)
+                known.update(logs)
+                with (
+                    suppress(DamagedError, InvalidRecordError),
+                    self._store.snapshot(),
+                ):  # reported by its namespace
+                    row = self._sessions.get(session_id)
+                    counts = (row.transcript_entries, row.commands) if row else ()
+                    for log, count in zip(logs, counts, strict=False):
+                        if self._log.count(log) != count:
+                            found = self._log.count(log)
+                            yield f"session_log:{_short(log)} has {found} entries, its session knows {count}"
             for log in self._log.statuses():
-                session_id = log.partition(":")[2]
-                try:
-                    with self._store.snapshot():
-                        newest = self._log.list(log, limit=1, newest_first=True)
-                        if newest and self._log.count(log) != newest[0].seq + 1:
-                            yield f"session_log:{_short(log)} lacks entries"
-                        if newest and self._sessions.get(session_id) is None:
-                            yield f"session_log:{_short(log)} belongs to no session"
-                except (DamagedError, InvalidRecordError):
-                    continue  # the record itself is reported by its namespace
+                if log not in known:
+                    yield f"session_log:{_short(log)} belongs to no session"
         except DamagedError as error:
             yield f"session_log: {error}"
 

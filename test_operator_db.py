@@ -24,7 +24,7 @@ import unittest
 import zlib
 from contextlib import closing, redirect_stdout, suppress
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, Flag
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,11 @@ def in_threads(*actions: Any) -> None:
 class Colour(Enum):
     RED = 1
     BLUE = "blue"
+
+
+class Rights(Flag):
+    READ = 1
+    WRITE = 2
 
 
 @dataclass
@@ -422,8 +427,9 @@ class ANamespaceOfTheOperatorsOwn(Scratch):
         db = self.open()
         counted = db.namespace("counted", Counted, key="name")
         counted.put(Counted("a"))
+        made.clear()
         counted.get("a")
-        self.assertEqual(made, ["a", "a"])
+        self.assertEqual(made, ["a"])
         slotted = db.namespace("slotted", Slotted, key="name")
         slotted.put(Slotted("a"))
         self.assertEqual(slotted.get("a"), Slotted("a"))
@@ -477,6 +483,285 @@ class ANamespaceOfTheOperatorsOwn(Scratch):
                 with self.subTest(field=name, value=type(value)), self.assertRaises(InvalidRecordError):
                     devices.put(dataclasses.replace(PairedDevice(device_id="d"), **{name: value}))
         self.assertEqual(devices.count(), 0)
+
+
+class WhatWouldNotBeReadBackIsNotStored(Scratch):
+    def test_a_record_that_its_own_constructor_changes_is_refused_at_put(self) -> None:
+        @dataclass
+        class Doubling:
+            name: str
+            size: int = 1
+
+            def __post_init__(self) -> None:
+                self.size *= 2
+
+        @dataclass
+        class Counting:
+            name: str
+            seen: int = field(init=False, default=0)
+
+        class Failing(Exception):
+            pass
+
+        @dataclass
+        class Private:
+            name: str
+            pin: str = field(default="", metadata={"secret": True})
+
+            def __post_init__(self) -> None:
+                if len(self.pin) < 4:
+                    raise Failing(f"pin {self.pin} is short")
+
+        db = self.open()
+        changed = Counting("a")
+        changed.seen = 5
+        short = Private("a", "5ecret")
+        short.pin = "5ec"
+        for name, record in (("doubling", Doubling("a")), ("counting", changed), ("private", short)):
+            namespace: Any = db.namespace(name, type(record), key="name")
+            with self.assertRaises(InvalidRecordError) as caught:
+                namespace.put(record)
+            self.assertNotIn("5ec", str(caught.exception))
+            self.assertEqual(namespace.count(), 0)
+        self.assertTrue(db.namespace("counting", Counting, key="name").put(Counting("a")))
+
+    def test_enums_whose_values_json_cannot_carry_are_refused_and_flags_are_kept(self) -> None:
+        class Pair(Enum):
+            ONE = (1, 2)
+
+        class Empty(Enum):
+            NOTHING = None
+
+        @dataclass
+        class Shared:
+            name: str
+            rights: Rights
+
+        db = self.open()
+        for enum in (Pair, Empty):
+            record_type = dataclasses.make_dataclass("Odd", [("name", str), ("value", enum)])
+            with self.assertRaises(InvalidRecordError):
+                db.namespace("odd", record_type, key="name")
+        shared = db.namespace("shared", Shared, key="name")
+        shared.put(Shared("a", Rights.READ | Rights.WRITE))
+        self.assertEqual(shared.get("a"), Shared("a", Rights.READ | Rights.WRITE))
+
+    def test_a_secret_within_a_secret_field_is_not_shown(self) -> None:
+        @dataclass
+        class Token:
+            value: str
+
+        Device = dataclasses.make_dataclass(
+            "Device",
+            [
+                ("name", str),
+                ("token", Token, field(metadata={"secret": True})),
+                ("more", list[Token], field(metadata={"secret": True})),
+            ],
+        )
+        devices: Any = self.open().namespace("devices", Device, key="name")
+        for record in (Device("a", Token(["5ecret"]), []), Device("a", Token("x"), [Token(b"5ecret")])):  # type: ignore[arg-type]
+            with self.assertRaises(InvalidRecordError) as caught:
+                devices.put(record)
+            self.assertNotIn("5ecret", str(caught.exception))
+
+    def test_an_empty_status_and_reserved_words_as_names_are_fine(self) -> None:
+        db = self.open()
+        for name in ("order", "index", "values", "table", "transaction"):
+            namespace = db.namespace(name, PairedDevice, key="device_id", status="status", at="last_seen")
+            namespace.put(PairedDevice(device_id="a", status=""))
+            self.assertEqual(
+                (namespace.get("a"), namespace.count("")), (PairedDevice(device_id="a", status=""), 1)
+            )
+        self.assertEqual(db.check(), [])
+
+    def test_arguments_that_are_nonsense_raise_typed_errors(self) -> None:
+        db = self.open()
+        devices = db.namespace("devices", PairedDevice, key="device_id", status="status")
+        deep: Any = []
+        for _ in range(5000):
+            deep = [deep]
+        calls: list[Any] = [
+            lambda: devices.list("\ud800"), lambda: list(devices.keys("\ud800")), lambda: devices.count(deep),
+            lambda: devices.get("\ud800"), lambda: devices.delete("\ud800"), lambda: devices.delete(None),  # type: ignore[arg-type]
+            lambda: db.list_tasks(deep), lambda: db.list_tasks(""), lambda: db.list_tasks(False), lambda: db.get_task(deep),  # type: ignore[arg-type]
+            lambda: db.list_proofs(submitted="yes"), lambda: db.update_task_status("t", "claimed", signature=""),  # type: ignore[arg-type]
+            lambda: devices.prune(1), lambda: TaskRecord(task_id="t", reward_lamports=10**5000), lambda: db.store_task(deep),
+            lambda: db.namespace("a", PairedDevice, key=5), lambda: db.namespace("a", PairedDevice, key=None),  # type: ignore[arg-type]
+        ]  # fmt: skip
+        for number, call in enumerate(calls):
+            with self.subTest(number=number), self.assertRaises(InvalidRecordError):
+                call()
+
+
+class RowsOfAnotherProgram(Scratch):
+    """Whatever stands in the file, a verb answers with what was stored or with a typed error."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.db = self.open()
+        for name in ("a", "z"):
+            self.db.store_task(TaskRecord(task_id=name, status=TaskStatus.COMPLETED, claimed_at=5))
+
+    def sql(self, statement: str, *values: Any) -> None:
+        with self.raw() as raw:
+            raw.execute(statement, values)
+
+    def test_each_is_an_error_that_names_the_key_and_check_goes_on_to_the_end(self) -> None:
+        good = json.dumps({"task_id": "a"}).encode()
+        crc = "CAST(? AS TEXT), crc = "
+        plants: list[tuple[str, tuple[Any, ...]]] = [
+            ("value = 'not json'", ()), ("value = x'00'", ()), ("value = 5", ()), ("crc = crc + 1", ()), ("crc = 'x'", ()),
+            ("status = 'claimed'", ()), ("status = NULL", ()), ("status = x'ff'", ()), ("at = 6", ()), ("at = NULL", ()),
+            ("at = 'x'", ()), ("at = x'05'", ()), (f"value = {crc}{zlib.crc32(good)}", (good.replace(b'"a"', b'"b"'),)),
+            (f"value = {crc}{zlib.crc32(b'[]')}", (b"[]",)), (f"value = {crc}{zlib.crc32(b'{}')}", (b"{}",)),
+            (f"value = {crc}{zlib.crc32(b'1e999')}", (b"1e999",)), (f"value = {crc}{zlib.crc32(bytes([255]))}", (b"\xff",)),
+            (f"value = {crc}{zlib.crc32(b'[' * 10**5)}", (b"[" * 10**5,)),
+        ]  # fmt: skip
+        for plant, values in plants:
+            with self.subTest(plant=plant):
+                self.sql(f"UPDATE tasks SET {plant} WHERE key = 'tasks:a'", *values)
+                for verb in (
+                    lambda: self.db.get_task("a"),
+                    lambda: list(self.db.iter_tasks()),
+                    self.db.list_tasks,
+                ):
+                    with self.assertRaises(DamagedError) as caught:
+                        verb()
+                    self.assertIn("tasks:a", str(caught.exception))
+                self.sql("UPDATE tasks SET crc = crc + 1 WHERE key = 'tasks:z'")
+                found = " ".join(self.db.check())
+                self.assertIn("tasks:a", found)
+                self.assertIn("tasks:z", found)
+                self.assertIsNotNone(
+                    self.db.store_task(TaskRecord(task_id="z", status=TaskStatus.COMPLETED, claimed_at=5))
+                    or 1
+                )
+                self.db.store_task(TaskRecord(task_id="a", status=TaskStatus.COMPLETED, claimed_at=5))
+                self.assertEqual(self.db.check(), [])
+                self.sql(f"UPDATE tasks SET {plant} WHERE key = 'tasks:a'", *values)
+                self.assertTrue(self.db.delete_task("a"))
+                self.db.store_task(TaskRecord(task_id="a", status=TaskStatus.COMPLETED, claimed_at=5))
+
+    def test_keys_that_no_writer_of_ours_stores_are_reported_and_never_returned(self) -> None:
+        for key in (b"tasks:a", "", "tasks:", "tasks:a\n", "a"):
+            self.sql("UPDATE tasks SET key = ? WHERE key = 'tasks:a'", key)
+            self.assertIsNone(self.db.get_task("a"))
+            with self.assertRaises(DamagedError):
+                self.db.list_tasks()
+            self.assertEqual(len(self.db.check()), 1, key)
+            self.sql("UPDATE tasks SET key = 'tasks:a' WHERE key = ?", key)
+        self.assertEqual(self.db.check(), [])
+
+    def test_prune_takes_nothing_on_the_word_of_a_column(self) -> None:
+        self.db.store_task(TaskRecord(task_id="disputed", status=TaskStatus.DISPUTED))
+        self.db.store_proof(VerificationLog(task_id="unsubmitted", outputs=b"x"))
+        self.sql("UPDATE tasks SET status = 'completed', at = 1 WHERE key = 'tasks:disputed'")
+        self.sql("UPDATE proofs SET status = 'true', at = 1")
+        for dry_run in (True, False):
+            with self.assertRaises(DamagedError):
+                self.db.prune(30, None, None, dry_run=dry_run)
+            with self.assertRaises(DamagedError):
+                self.db.prune(None, None, 30, dry_run=dry_run)
+        with self.raw() as raw:
+            self.assertEqual(
+                raw.execute("SELECT (SELECT count(*) FROM tasks), (SELECT count(*) FROM proofs)").fetchone(),
+                (3, 1),
+            )
+
+    def test_an_append_never_overwrites_an_entry_that_cannot_be_seen(self) -> None:
+        for number in range(5):
+            self.db.append_transcript("s", "user", f"{number}")
+        self.sql("UPDATE session_log SET status = NULL WHERE key = 'session_log:transcript:s:4'")
+        with self.assertRaises(DamagedError):
+            self.db.get_session("s")
+        self.db.append_transcript("s", "user", "next")
+        self.sql("UPDATE session_log SET status = 'transcript:s' WHERE key = 'session_log:transcript:s:4'")
+        self.assertEqual([e.content for e in self.db.transcript("s")], ["0", "1", "2", "3", "4", "next"])
+        self.sql("DELETE FROM session_log WHERE key = 'session_log:transcript:s:5'")
+        for verb in (
+            lambda: self.db.get_session("s"),
+            lambda: self.db.transcript("s", last=1),
+            self.db.list_sessions,
+        ):
+            with self.assertRaises(DamagedError):
+                verb()
+        self.assertIn("transcript:s", " ".join(self.db.check()))
+        self.sql("UPDATE sessions SET key = 'sessions:other' WHERE key = 'sessions:s'")
+        self.assertIn("belongs to no session", " ".join(self.db.check()))
+
+    def test_a_damaged_proof_can_be_deleted_or_stored_again(self) -> None:
+        proof = VerificationLog(task_id="p", outputs=b"x")
+        self.db.store_proof(proof)
+        for _ in range(2):
+            self.sql("UPDATE proofs SET crc = crc + 1")
+            with self.assertRaises(DamagedError):
+                self.db.get_proof("p")
+            self.assertTrue(self.db.store_proof(proof))
+            self.assertEqual(self.db.get_proof("p"), proof)
+        self.sql("UPDATE proofs SET crc = crc + 1")
+        self.assertTrue(self.db.delete_proof("p"))
+        self.assertEqual(self.db.check(), [])
+
+    def test_a_changed_proof_with_a_right_checksum_does_not_match_its_evidence_hash(self) -> None:
+        self.db.store_proof(VerificationLog(task_id="p", outputs=b"x"))
+        with self.raw() as raw:
+            value = (
+                raw.execute("SELECT value FROM proofs")
+                .fetchone()[0]
+                .replace('"outputs":"eA=="', '"outputs":"eQ=="')
+            )
+            raw.execute("UPDATE proofs SET value = ?, crc = ?", (value, zlib.crc32(value.encode())))
+        with self.assertRaises(DamagedError) as caught:
+            self.db.get_proof("p")
+        self.assertIn("evidence_hash", str(caught.exception))
+
+    def test_a_namespace_that_this_process_does_not_know_is_checked_as_plain_json(self) -> None:
+        self.db.namespace("devices", PairedDevice, key="device_id").put(PairedDevice(device_id="d"))
+        other = self.open()
+        self.assertEqual(other.check(), [])
+        self.sql("UPDATE devices SET value = replace(value, 'paired', 'forged')")
+        self.assertIn("devices:d", " ".join(self.open().check()))
+
+
+class ADamagedIndex(Scratch):
+    def flip(self, table: str, needle: bytes, offset: int, bit: int) -> None:
+        """Change one bit of what an index says, in the closed file."""
+        with self.raw() as raw:
+            (root,) = raw.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
+        image = bytearray(Path(self.path).read_bytes())
+        image[image.index(needle, (root - 1) * 4096) + offset] ^= bit
+        Path(self.path).write_bytes(image)
+
+    def test_never_lets_a_proof_be_pruned_that_may_be_needed(self) -> None:
+        with OperatorDb(self.path) as db:
+            for number in range(1, 9):
+                db.store_proof(
+                    VerificationLog(task_id=f"p{number}", outputs=b"x", timestamp=1000, submitted=number == 7)
+                )
+        self.flip("proofs_status_at", b"true", 6, 2)
+        db = self.open()
+        with self.assertRaises(DamagedError):
+            db.prune(None, None, 30)
+        self.assertEqual(sum(db.get_proof(f"p{number}") is not None for number in range(1, 9)), 8)
+
+    def test_never_leads_a_walk_round_in_circles(self) -> None:
+        with OperatorDb(self.path) as db:
+            for number in range(20):
+                db.store_task(TaskRecord(task_id=f"t{number:02}"))
+        self.flip("sqlite_autoindex_tasks_1", b"tasks:t19", 6, 0x40)
+        db = self.open()
+        self.assertTrue(db.check())
+        with self.assertRaises(DamagedError):
+            list(db.iter_tasks())
+
+    def test_never_makes_a_session_shorter(self) -> None:
+        with OperatorDb(self.path) as db:
+            db.append_transcript("s", "user", "x")
+            db.append_command("s", "go")
+        self.flip("session_log_status_at", b"commands:s", 0, 2)
+        with self.assertRaises(DamagedError):
+            self.open().get_session("s")
 
 
 class AStatusQuery(Scratch):
@@ -658,6 +943,7 @@ class ATask(Scratch):
         with self.assertRaises(ConflictError):
             db.complete_task("t", VerificationLog(task_id="u", outputs=b"out"))
         self.assertEqual((db.get_task("t"), db.get_proof("t")), (done, proof))
+        self.assertEqual(db.complete_task("t", proof, signature="s2"), done)
         for status in ("disputed", "resolved"):
             db.update_task_status("t", status)
             with self.assertRaises(ConflictError):
@@ -666,6 +952,18 @@ class ATask(Scratch):
         with self.assertRaises(ConflictError):
             db.complete_task("v", VerificationLog(task_id="v", outputs=b"late"))
         self.assertIsNone(db.get_proof("v"))
+
+    def test_stored_as_completed_is_as_old_as_its_completion(self) -> None:
+        db = self.open()
+        db.store_task(TaskRecord(task_id="t", claimed_at=int(time.time()) - 40 * DAY))
+        task = db.get_task("t")
+        assert task is not None
+        task.status = TaskStatus.COMPLETED
+        db.store_task(task)
+        self.assertEqual((db.get_task("t"), db.prune(30).tasks), (task, 0))
+        db.store_task(TaskRecord(task_id="t", claimed_at=task.claimed_at, status=TaskStatus.DISPUTED))
+        stored = db.get_task("t")
+        self.assertEqual(stored and stored.completed_at, task.completed_at)
 
     def test_is_deleted_without_its_proof(self) -> None:
         db = self.open()
