@@ -25,6 +25,7 @@ import json
 import os
 import reprlib
 import sqlite3
+import stat
 import threading
 import time
 import types
@@ -32,11 +33,12 @@ import typing
 import weakref
 from binascii import a2b_base64, b2a_base64
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar, Token
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from enum import Enum, StrEnum
+from functools import partial, wraps
 from hashlib import sha256
 from heapq import merge
 from itertools import islice
@@ -736,6 +738,10 @@ _LET_IN = 0.002  # seconds between the batches of long work: others look for the
 _REDB_MAGIC = b"redb\x1a\n\xa9\r\n"
 
 
+class _NotSqliteError(DamagedError):
+    """SQLite has refused the file (SQLITE_NOTADB): only such a file may be opened raw, to name it."""
+
+
 class _Connection(sqlite3.Connection):
     """A connection whose statements wait for locks by polling and raise this module's errors. The choke point.
 
@@ -746,6 +752,7 @@ class _Connection(sqlite3.Connection):
     path: str
     timeout: float
     last_error: OperatorDbError | None = None
+    state: tuple[int, int, bool] | None = None  # of an immutable file when it was opened
 
     def query(
         self,
@@ -808,7 +815,8 @@ def _typed(error: Exception, path: str) -> OperatorDbError:
     if isinstance(error, UnicodeDecodeError):
         return DamagedError(f"{path} is damaged (its schema is not text): restore a backup")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return DamagedError(f"{path} is damaged ({error}): run check(), and restore a backup")
+        kind = DamagedError if code == sqlite3.SQLITE_CORRUPT else _NotSqliteError
+        return kind(f"{path} is damaged ({error}): run check(), and restore a backup")
     if code == sqlite3.SQLITE_TOOBIG or isinstance(error, (OverflowError, sqlite3.DataError)):
         return InvalidRecordError("the record is larger than SQLite can store: 1,000,000,000 bytes as JSON")
     if code == sqlite3.SQLITE_FULL:
@@ -878,11 +886,16 @@ def _database_path(path: str | os.PathLike[str] | None) -> str:
     """Return the absolute path to use: the argument, else AGENC_DB_PATH, else ~/.agenc/operator.db."""
     if path is None:
         path = os.environ.get("AGENC_DB_PATH") or os.path.join("~", ".agenc", "operator.db")
-    text = os.fsdecode(path)
-    if not text or "\0" in text:
-        raise InvalidRecordError(f"{_short(text)} is not a path")
-    # SQLite keeps the WAL beside the file that a symbolic link leads to
-    return os.path.realpath(os.path.expanduser(text))
+    try:
+        text = os.fsdecode(path)
+        if not text or b"\0" in os.fsencode(text):
+            raise ValueError("it is empty or holds a NUL")
+        # SQLite keeps the WAL beside the file that a symbolic link leads to
+        return os.path.realpath(os.path.expanduser(text))
+    except (TypeError, ValueError) as error:
+        raise InvalidRecordError(f"{_short(path)} is not a path: {error}") from None
+    except OSError as error:  # a relative path, and the working directory is gone
+        raise StorageError(f"{_short(path)}: {error.strerror}") from None
 
 
 def _size(path: str) -> int:
@@ -901,6 +914,12 @@ def _identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def _state(path: str) -> tuple[int, int, bool]:
+    """Return what changes when somebody writes to a file that is open as immutable."""
+    status = os.stat(path)
+    return status.st_mtime_ns, status.st_size, os.path.exists(path + "-wal")
+
+
 def _read_mode(path: str) -> str:
     """Return the mode that reads a database without changing a byte of it or of its WAL.
 
@@ -917,13 +936,13 @@ def _inspect(path: str, timeout: float) -> int | None:
     Raises ForeignFileError, NewerSchemaError, DamagedError or StorageError for one that is not to be opened.
     """
     try:
-        if not os.path.isfile(path):
-            if not os.path.lexists(path):
-                return None
-            raise ForeignFileError(f"{path} is not a regular file")
         before = os.stat(path)
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(before.st_mode):
+        raise ForeignFileError(f"{path} is not a regular file")
     # SQLite takes a file of one byte for an empty database, and would overwrite it
     if 0 < before.st_size < 512:
         raise ForeignFileError(
@@ -941,7 +960,7 @@ def _inspect(path: str, timeout: float) -> int | None:
             after = os.stat(path)
             if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
                 return _inspect(path, timeout)  # immutable holds no lock: a checkpoint went on beneath it
-        raise _named(path) or error from None
+        raise (_named(path) if isinstance(error, _NotSqliteError) else None) or error from None
 
 
 def _named(path: str) -> ForeignFileError | None:
@@ -984,7 +1003,8 @@ def _version(connection: _Connection) -> int:
         for table in _OUR_TABLES:
             _check_table(connection.query, path, table)
     pages, page_size = _pragma(connection, "page_count"), _pragma(connection, "page_size")
-    if not _size(path + "-wal") and _size(path) < pages * page_size:
+    in_wal = _size(path + "-wal") or connection.in_transaction
+    if not in_wal and _size(path) < pages * page_size:
         raise DamagedError(
             f"{path} is cut short: {_size(path)} of {pages * page_size} bytes; restore a backup"
         )
@@ -1048,6 +1068,12 @@ def _create(path: str, timeout: float) -> None:
         _make_private_directory(os.path.dirname(path))
         with _new_file(path) as temporary:
             _migrate(temporary, timeout, final_path=path)
+            if _size(temporary + "-wal") or _inspect(temporary, timeout) != len(_MIGRATIONS):
+                raise StorageError(f"{path} could not be written whole: is the disk full?")
+            if _size(path + "-wal") and not os.path.lexists(path):
+                raise StorageError(
+                    f"{path}-wal is there without its database: put the database back beside it, or move it away"
+                )
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -1097,7 +1123,9 @@ def _migrate(path: str, timeout: float, *, final_path: str) -> None:
             step(connection)
         connection.query(f"PRAGMA application_id={APPLICATION_ID}")
         connection.query(f"PRAGMA user_version={len(_MIGRATIONS)}")
+        _version(connection)  # nothing attached to an older file may live on in this one
         connection.query("COMMIT")
+        connection.query("PRAGMA wal_checkpoint(TRUNCATE)")  # close() would keep a full disk to itself
     finally:
         connection.close()  # rolls back what was not committed
 
@@ -1148,7 +1176,7 @@ def _tighten(path: str) -> None:
 class _Lease:
     """The right to use one connection, held by one thread for one piece of work.
 
-    A lease is alive while its holder is inside `with lease.alive:`. Leaving that block is a single call into C, which
+    A lease is alive while its holder is inside `with lease.alive:`. Leaving that is a single call into C, which
     KeyboardInterrupt cannot split: a lease whose holder was interrupted anywhere ends by itself, and no lock is lost.
     """
 
@@ -1162,7 +1190,63 @@ class _Lease:
         self.working = False  # its turn has come: it may be using a connection
         self.connection: _Connection | None = None
         self.token: Token[_Lease | None] | None = None  # of the context that opened the block
-        self.blocks = 0
+        self.blocks = 0  # savepoints so far
+
+
+class _Leave:
+    """What a with statement calls at its end: it alone holds the block's generator, and drops it whatever happens."""
+
+    def __get__(self, block: _Block | None, owner: object) -> Any:
+        if block is None:  # contextlib.ExitStack looks methods up on the class
+            return lambda block, *error: _leave_block(weakref.ref(block.generator), *error)
+        leave: Any = partial(_leave_block, weakref.ref(block.generator))
+        leave.generator = block.generator
+        return leave
+
+
+class _Block:
+    """A with block written as a generator, which ends when its with statement is left, however it is left.
+
+    That of contextlib ends when the last reference to it goes: a KeyboardInterrupt that lands in its own code leaves it
+    open for as long as somebody handles or keeps the exception, whose traceback holds those frames, and what is written
+    meanwhile is lost. Here frames hold a weak reference.
+    """
+
+    def __init__(self, generator: Generator[Any, None, None]) -> None:
+        self.generator = generator
+
+    def __enter__(self) -> Any:
+        generator = self.generator
+        try:
+            return next(generator)
+        except BaseException:
+            generator.close()
+            raise
+
+    __exit__ = _Leave()
+
+
+def _leave_block(block: Any, kind: object, error: BaseException | None, traceback: object) -> bool:
+    generator = block()
+    if error is None:
+        next(generator, None)
+        return False
+    try:
+        generator.throw(error)
+    except BaseException as raised:
+        if raised is not error:
+            raise
+    return False
+
+
+def _block(make: Callable[..., Generator[Any, None, None]]) -> Callable[..., AbstractContextManager[Any]]:
+    """Turn a generator function into one that returns a block, as contextlib.contextmanager does."""
+
+    @wraps(make)
+    def begin(*arguments: Any, **options: Any) -> Any:
+        return _Block(make(*arguments, **options))
+
+    return begin
 
 
 class _Store:
@@ -1181,20 +1265,22 @@ class _Store:
         self._forget_connections()
         with _stores_lock:
             _stores.add(self)
-        with self._writing() as lease:
-            self._open(lease)
+        lease = _Lease(timeout, writes=True)
+        with lease.alive:
+            self._wait_for_turn(lease)
+            self._open()
 
     def _forget_connections(self) -> None:
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()  # reentrant for the sake of signal handlers
         self._queue: deque[_Lease] = deque()
         self._readers: list[tuple[_Lease, _Connection]] = []
         self._writer: _Connection | None = None
         self._wal: tuple[int, int] | None = None
-        self._paused = False  # a fork is coming: work in flight ends, none begins
+        self._closing: _Lease | None = None  # while it is alive, work in flight ends and none begins
 
     # ---- opening
 
-    def _open(self, lease: _Lease) -> None:
+    def _open(self) -> None:
         version = _inspect(self.path, self.timeout)
         if self.read_only:
             if not version:
@@ -1240,7 +1326,10 @@ class _Store:
 
     def _connect(self, mode: str) -> _Connection:
         self._check_file()
-        return _connect(self.path, self.timeout, mode=mode, durable=self.durable)
+        state = _state(self.path) if mode == "immutable" else None
+        connection = _connect(self.path, self.timeout, mode=mode, durable=self.durable)
+        connection.state = state
+        return connection
 
     def _check_file(self, lost: str = "") -> None:
         """Raise StorageError unless the path and its WAL are the files that were opened."""
@@ -1303,6 +1392,11 @@ class _Store:
                 "another coroutine's transaction is open on this thread: a transaction() block must not await"
             )
 
+    def _is_paused(self) -> bool:
+        """Whether new work has to wait for a fork or close(); not that of a thread in the midst of some, or both would."""
+        closing = self._closing is not None and self._closing.alive.locked()
+        return (closing or _fork_is_coming.locked()) and not _is_at_work()
+
     def _wait_for_turn(self, lease: _Lease) -> None:
         """Stand in the queue until the writer is free; raise BusyError after `timeout` seconds."""
         self._refuse_if_closed()
@@ -1314,27 +1408,25 @@ class _Store:
                 self._refuse_if_closed()
                 while not self._queue[0].alive.locked():
                     self._queue.popleft()
-                if self._queue[0] is lease and not self._paused:
+                if self._queue[0] is lease and not self._is_paused():
                     lease.working = True
                     return
                 place = self._queue.index(lease)
             if time.monotonic() >= lease.deadline:
-                raise BusyError(
-                    f"{self.path} was being written by other threads for {self.timeout:g} s; try again"
-                )
+                raise BusyError(f"{self.path} was in use by other threads for {self.timeout:g} s; try again")
             time.sleep(0.0002 * max(1, place))
 
     def _check_out(self, lease: _Lease) -> _Connection:
         """Give a reader connection of its own to a lease."""
-        while lease.connection is None:
+        while True:
             with self._mutex:
                 self._refuse_if_closed()
-                if not self._paused:
-                    lease.connection = self._free_reader(lease)
+                if not self._is_paused():
                     lease.working = True
+                    lease.connection = self._free_reader(lease)
                     break
             if time.monotonic() >= lease.deadline:
-                raise BusyError(f"{self.path}: a fork was being prepared for {self.timeout:g} s")
+                raise BusyError(f"{self.path}: a fork or close() took {self.timeout:g} s; try again")
             time.sleep(0.0005)
         if lease.connection.in_transaction:  # an interrupted snapshot's
             lease.connection.query("ROLLBACK")
@@ -1344,6 +1436,9 @@ class _Store:
         """Return a reader that nobody uses, or a new one; the mutex is held, so that a fork or close() misses none."""
         for place, (holder, connection) in enumerate(self._readers):
             if not holder.alive.locked():
+                if connection.state is not None and connection.state != _state(self.path):
+                    connection.close()  # what was taken for immutable has been written to
+                    connection = self._connect(_read_mode(self.path))  # noqa: PLW2901
                 self._readers[place] = (lease, connection)
                 return connection
         connection = self._connect(_read_mode(self.path) if self.read_only else "query")
@@ -1374,8 +1469,8 @@ class _Store:
         with self.transaction() as lease:
             return self._usable(lease).change(sql, parameters)
 
-    @contextmanager
-    def snapshot(self) -> Iterator[None]:
+    @_block
+    def snapshot(self) -> Generator[None, None, None]:
         """Let all reads of the block see one state of the database; a block of one's own is that already."""
         if self._mine() is not None:
             yield
@@ -1383,17 +1478,17 @@ class _Store:
         lease = _Lease(self.timeout, writes=False)
         with lease.alive:
             connection = self._check_out(lease)
-            connection.query("BEGIN")
-            lease.token = self._current.set(lease)
             try:
+                connection.query("BEGIN")
+                lease.token = self._current.set(lease)
                 yield
             finally:
                 self._leave(lease)
-                if lease.connection is not None:
-                    lease.connection.query("ROLLBACK")
+                if lease.connection is not None and connection.in_transaction:
+                    connection.query("ROLLBACK")
 
-    @contextmanager
-    def transaction(self) -> Iterator[_Lease]:
+    @_block
+    def transaction(self) -> Generator[_Lease, None, None]:
         """Take the write lock and commit at the end of the block; inside a block of one's own, a savepoint."""
         lease = self._mine()
         if lease is not None and lease.writes:
@@ -1403,32 +1498,37 @@ class _Store:
         if self.read_only:
             self._refuse_if_closed()
             raise StorageError(f"{self.path} was opened read-only")
-        with self._writing() as lease:
-            connection = lease.connection = self._connect_writer()
-            if connection.in_transaction:  # an interrupted holder's
-                connection.query("ROLLBACK")
-            connection.last_error = None
-            # a deferred transaction that reads first and writes then can fail whatever the timeout
-            connection.query("BEGIN IMMEDIATE", deadline=lease.deadline)
-            lease.token = self._current.set(lease)
+        lease = _Lease(self.timeout, writes=True)
+        with lease.alive:
+            self._wait_for_turn(lease)
+            connection = self._connect_writer()
             try:
+                self._begin(lease, connection)
                 yield lease
                 self._leave(lease)
                 self._usable(lease).query("COMMIT")
             except BaseException:
                 self._leave(lease)
-                if lease.connection is not None and lease.connection.in_transaction:
-                    lease.connection.query("ROLLBACK")
+                if lease.connection is not None and connection.in_transaction:
+                    connection.query("ROLLBACK")
                 raise
             self._check_file(": the last write is lost")
+            if time.monotonic() - lease.deadline + self.timeout > 0.01:
+                time.sleep(_LET_IN)
+            if _size(self.path + "-wal") > _WAL_LIMIT:  # steady readers kept SQLite from beginning it anew
+                connection.query("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    @contextmanager
-    def _writing(self) -> Iterator[_Lease]:
-        """Hold the writer's place in the queue, outside of any transaction."""
-        lease = _Lease(self.timeout, writes=True)
-        with lease.alive:
-            self._wait_for_turn(lease)
-            yield lease
+    def _begin(self, lease: _Lease, connection: _Connection) -> None:
+        if connection.in_transaction:  # an interrupted holder's
+            connection.query("ROLLBACK")
+        lease.connection, connection.last_error = connection, None
+        # a deferred transaction that reads first and writes then can fail whatever the timeout
+        connection.query("BEGIN IMMEDIATE", deadline=lease.deadline)
+        if _pragma(connection, "user_version") != len(_MIGRATIONS):
+            raise NewerSchemaError(
+                f"{self.path} was migrated by a newer operator_db.py while it was open here: update"
+            )
+        lease.token = self._current.set(lease)
 
     def _leave(self, lease: _Lease) -> None:
         """Make the context that opened a block stand outside of it again."""
@@ -1437,22 +1537,21 @@ class _Store:
             with suppress(ValueError, RuntimeError):  # left in another context than it was opened in
                 self._current.reset(token)
 
-    @contextmanager
-    def _savepoint(self, lease: _Lease) -> Iterator[None]:
+    @_block
+    def _savepoint(self, lease: _Lease) -> Generator[None, None, None]:
         lease.blocks += 1
-        name = f"block_{lease.blocks}"
+        name = f"block_{lease.blocks}"  # never used again: RELEASE may have run when an interrupt is seen
         try:
             self._usable(lease).query(f"SAVEPOINT {name}")
-            try:
-                yield
-                self._usable(lease).query(f"RELEASE {name}")
-            except BaseException:
-                if lease.connection is not None and lease.connection.in_transaction:
-                    lease.connection.query(f"ROLLBACK TO {name}")
-                    lease.connection.query(f"RELEASE {name}")
-                raise
-        finally:
-            lease.blocks -= 1
+            yield
+            self._usable(lease).query(f"RELEASE {name}")
+        except BaseException as error:
+            connection = lease.connection
+            if connection is not None and connection.in_transaction:
+                with suppress(*() if isinstance(error, Exception) else (OperatorDbError,)):
+                    connection.query(f"ROLLBACK TO {name}")
+                    connection.query(f"RELEASE {name}")
+            raise
 
     # ---- upkeep
 
@@ -1462,7 +1561,9 @@ class _Store:
         The file itself shrinks at the checkpoint, which a reader in another process can hold back until a later one.
         """
         while self._mine() is None:
-            with self._writing():
+            lease = _Lease(self.timeout, writes=True)
+            with lease.alive:
+                self._wait_for_turn(lease)
                 connection = self._connect_writer()
                 free = _pragma(connection, "freelist_count")
                 if free and _pragma(connection, "auto_vacuum") == 2:
@@ -1476,7 +1577,9 @@ class _Store:
     def checkpoint(self) -> None:
         """Move the WAL's content into the file and cut the WAL, as far as no reader holds it back; not inside a block."""
         if self._mine() is None:
-            with self._writing():
+            lease = _Lease(self.timeout, writes=True)
+            with lease.alive:
+                self._wait_for_turn(lease)
                 self._connect_writer().query("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def ensure_table(self, table: str) -> None:
@@ -1532,41 +1635,43 @@ class _Store:
         """Close every connection once the work in flight is done; see OperatorDb.close."""
         if self._closed:
             return
-        if self._mine() is not None:
-            raise ConflictError("close() inside a transaction: leave its block first")
-        self._refuse_other_block()
-        deadline = time.monotonic() + self.timeout
-        while True:
-            with self._mutex:
-                if self._closed:
-                    return
-                if not self._leases():
-                    self._closed = "was closed: open it again with OperatorDb(path)"
-                    self._close_connections()
-                    return
-            if time.monotonic() >= deadline:
-                raise BusyError(
-                    f"{self.path} is still in use by other threads after {self.timeout:g} s; it stays open"
+        with self._mutex:
+            if any(lease.thread == threading.get_ident() for lease in self._leases()):
+                raise ConflictError(
+                    "close() inside a transaction, or in a signal handler that interrupts a call"
                 )
-            time.sleep(0.0005)
+        self._refuse_other_block()
+        closing = self._closing = _Lease(self.timeout, writes=False)
+        with closing.alive:
+            while True:
+                with self._mutex:
+                    if self._closed:
+                        return
+                    if not self._leases():
+                        self._closed = "was closed: open it again with OperatorDb(path)"
+                        self._close_connections()
+                        return
+                if time.monotonic() >= closing.deadline:
+                    raise BusyError(f"{self.path} is still in use after {self.timeout:g} s; it stays open")
+                time.sleep(0.0005)
 
-    def before_fork(self) -> None:
-        """Close every connection, once other threads are done with it, so that the child inherits none.
+    def close_before_fork(self) -> bool:
+        """Close every connection unless other threads are at work; return whether they were not.
 
         SQLite's table of locks is inherited, the kernel's locks are not: a child that opens a connection to a file which
         its parent has open believes that it holds locks which it does not.
         """
-        deadline = time.monotonic() + self.timeout
-        self._paused = True
-        while time.monotonic() < deadline:
-            with self._mutex:
-                working = {lease.thread for lease in self._leases() if lease.working}
-                if not working:
-                    self._close_connections()
-                # a block of this very thread stays open: see after_fork_in_child
-                if working <= {threading.get_ident()}:
-                    return
-            time.sleep(0.0005)
+        with self._mutex:
+            working = {lease.thread for lease in self._leases() if lease.working}
+            if not working:
+                self._close_connections()
+            # a block of this very thread stays open: see after_fork_in_child
+            return working <= {threading.get_ident()}
+
+    def is_at_work(self, thread: int) -> bool:
+        """Whether a thread is in the midst of a piece of work."""
+        with self._mutex:
+            return any(lease.working and lease.thread == thread for lease in self._leases())
 
     def after_fork_in_child(self) -> None:
         """Begin anew, or, where the parent's connections could not be closed, refuse every call from now on."""
@@ -1579,14 +1684,21 @@ class _Store:
             _inherited.add(self._opened or (0, 0))
             _never_close(inherited)
 
-    def after_fork_in_parent(self) -> None:
-        """Let work go on; connections are opened anew when they are next needed."""
-        self._paused = False
-
 
 _stores: weakref.WeakSet[_Store] = weakref.WeakSet()
-_stores_lock = threading.RLock()  # held through a fork, so that no database joins the set meanwhile
+_stores_lock = threading.RLock()
+_fork_is_coming = threading.Lock()
 _inherited: set[tuple[int, int]] = set()  # files that this process inherited an open connection to
+
+
+def _all_stores() -> list[_Store]:
+    with _stores_lock:
+        return list(_stores)
+
+
+def _is_at_work() -> bool:
+    """Whether this thread is in the midst of work on any database."""
+    return any(store.is_at_work(threading.get_ident()) for store in _all_stores())
 
 
 def _never_close(connections: list[_Connection]) -> None:
@@ -1601,28 +1713,26 @@ def _never_close(connections: list[_Connection]) -> None:
 
 
 def _before_fork() -> None:
-    _stores_lock.acquire()
-    for store in list(_stores):
-        store.before_fork()
-
-
-def _after_fork_in_parent() -> None:
-    for store in list(_stores):
-        store.after_fork_in_parent()
-    _stores_lock.release()
+    _fork_is_coming.acquire()
+    started = time.monotonic()
+    while True:
+        busy = [store for store in _all_stores() if not store.close_before_fork()]
+        if not any(time.monotonic() < started + store.timeout for store in busy):
+            return
+        time.sleep(0.0005)
 
 
 def _after_fork_in_child() -> None:
     global _stores_lock  # noqa: PLW0603  the parent's may be held by a thread that is not here
     _stores_lock = threading.RLock()
-    for store in list(_stores):
+    for store in _all_stores():
         store.after_fork_in_child()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-    )
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+    # calls into C, which no KeyboardInterrupt can keep from happening
+    os.register_at_fork(after_in_parent=_fork_is_coming.release, after_in_child=_fork_is_coming.release)
 
 
 # ======================================================================================================================
@@ -2229,8 +2339,7 @@ class OperatorDb:
         if self._temporary is not None:
             self._temporary()
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> AbstractContextManager[None]:
         """Make every change of the block one: all are committed at its end, or, if it raises, none.
 
         The write lock is taken at once, so what the block reads stays true until it ends. A block within a block can fail,
@@ -2238,8 +2347,7 @@ class OperatorDb:
         When an error (disk full, I/O) has ended SQLite's transaction, every later call in the block raises StorageError,
         and so does leaving it.
         """
-        with self._store.transaction():
-            yield
+        return self._store.transaction()
 
     def namespace(
         self, name: str, record_type: type[R], *, key: str, status: str | None = None, at: str | None = None
@@ -2438,15 +2546,21 @@ class OperatorDb:
         entry = TranscriptEntry(
             role=role, content=content, timestamp=_now() if timestamp is None else timestamp
         )
-        with self._touched(session_id, entry.timestamp) as row:
-            words = (entry.content, entry.role, entry.timestamp)
+        words = (entry.content, entry.role, entry.timestamp)
+
+        def add(row: _SessionRow) -> None:
             row.transcript_entries = self._append(f"transcript:{session_id}", row.transcript_entries, [words])
+
+        self._touch(session_id, entry.timestamp, add)
 
     def append_command(self, session_id: str, command: str, *, timestamp: int | None = None) -> None:
         """Add a command to a session's command history; the session is created when there is none."""
         at = _now() if timestamp is None else timestamp
-        with self._touched(session_id, at) as row:
+
+        def add(row: _SessionRow) -> None:
             row.commands = self._append(f"commands:{session_id}", row.commands, [(command, None, at)])
+
+        self._touch(session_id, at, add)
 
     def transcript(self, session_id: str, *, last: int | None = None) -> list[TranscriptEntry]:
         """Return a session's transcript in order, or its last entries; only these are read. Empty for no such session."""
@@ -2458,9 +2572,12 @@ class OperatorDb:
     def link_task(self, session_id: str, task_id: str) -> None:
         """Add a task to those that a session is about, once; the session is created when there is none."""
         _check_id(task_id)
-        with self._touched(session_id, _now()) as session:
-            if task_id not in session.active_task_ids:
-                session.active_task_ids.append(task_id)
+
+        def link(row: _SessionRow) -> None:
+            if task_id not in row.active_task_ids:
+                row.active_task_ids.append(task_id)
+
+        self._touch(session_id, _now(), link)
 
     def unlink_task(self, session_id: str, task_id: str) -> bool:
         """Take a task off those that a session is about; return whether it was among them."""
@@ -2471,14 +2588,13 @@ class OperatorDb:
             session.active_task_ids.remove(task_id)
             return self._sessions.put(session)
 
-    @contextmanager
-    def _touched(self, session_id: str, at: int) -> Iterator[_SessionRow]:
-        """Give a session's row to the block, in one transaction, and store it as active at a time, created when absent."""
+    def _touch(self, session_id: str, at: int, change: Callable[[_SessionRow], None]) -> None:
+        """Change a session's row, created when absent, and store it as active at a time, in one transaction."""
         with self.transaction():
             row = self._sessions.get(session_id)
             if row is None:
                 row = _SessionRow(session_id=session_id, active_task_ids=[], created_at=at, last_active=at)
-            yield row
+            change(row)
             row.last_active = max(row.last_active, at)
             self._sessions.put(row)
 
