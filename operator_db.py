@@ -751,8 +751,17 @@ class _Connection(sqlite3.Connection):
 
     path: str
     timeout: float
+    holder: _Lease  # who uses it, or did
     last_error: OperatorDbError | None = None
     state: tuple[int, int, bool] | None = None  # of an immutable file when it was opened
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open; False for a connection that a signal handler has closed meanwhile."""
+        try:
+            return super().in_transaction
+        except sqlite3.ProgrammingError:
+            return False
 
     def query(
         self,
@@ -952,7 +961,12 @@ def _inspect(path: str, timeout: float) -> int | None:
     try:
         connection = _connect(path, timeout, mode="ro" if _size(path + "-wal") else "immutable")
         try:
-            return _version(connection)
+            connection.query("BEGIN")  # one state for all that is read
+            version = _version(connection)
+            whole = _pragma(connection, "page_count") * _pragma(connection, "page_size")
+            if not _size(path + "-wal") and _size(path) < whole:
+                raise DamagedError(f"{path} is cut short: {_size(path)} of {whole} bytes; restore a backup")
+            return version
         finally:
             connection.close()
     except DamagedError as error:
@@ -1002,12 +1016,6 @@ def _version(connection: _Connection) -> int:
     if version == len(_MIGRATIONS):
         for table in _OUR_TABLES:
             _check_table(connection.query, path, table)
-    pages, page_size = _pragma(connection, "page_count"), _pragma(connection, "page_size")
-    in_wal = _size(path + "-wal") or connection.in_transaction
-    if not in_wal and _size(path) < pages * page_size:
-        raise DamagedError(
-            f"{path} is cut short: {_size(path)} of {pages * page_size} bytes; restore a backup"
-        )
     return int(version)
 
 
@@ -1107,6 +1115,7 @@ def _migrate(path: str, timeout: float, *, final_path: str) -> None:
     done. A step that fails leaves the file as it was.
     """
     connection = _connect(path, timeout)
+    connection.path = final_path
     try:
         if not _pragma(connection, "page_count"):
             # before journal_mode, or it silently stays off
@@ -1273,7 +1282,7 @@ class _Store:
     def _forget_connections(self) -> None:
         self._mutex = threading.RLock()  # reentrant for the sake of signal handlers
         self._queue: deque[_Lease] = deque()
-        self._readers: list[tuple[_Lease, _Connection]] = []
+        self._readers: list[_Connection] = []
         self._writer: _Connection | None = None
         self._wal: tuple[int, int] | None = None
         self._closing: _Lease | None = None  # while it is alive, work in flight ends and none begins
@@ -1358,6 +1367,9 @@ class _Store:
             RuntimeError,
         ):  # another context's token: this is a task or worker begun inside the block
             return None
+        except BaseException:  # KeyboardInterrupt, when it was reset
+            lease.token = self._current.set(lease)
+            raise
         lease.token = self._current.set(lease)
         return lease if lease.alive.locked() else None
 
@@ -1434,15 +1446,19 @@ class _Store:
 
     def _free_reader(self, lease: _Lease) -> _Connection:
         """Return a reader that nobody uses, or a new one; the mutex is held, so that a fork or close() misses none."""
-        for place, (holder, connection) in enumerate(self._readers):
-            if not holder.alive.locked():
-                if connection.state is not None and connection.state != _state(self.path):
-                    connection.close()  # what was taken for immutable has been written to
-                    connection = self._connect(_read_mode(self.path))  # noqa: PLW2901
-                self._readers[place] = (lease, connection)
-                return connection
-        connection = self._connect(_read_mode(self.path) if self.read_only else "query")
-        self._readers.append((lease, connection))
+        for connection in self._readers:
+            if not connection.holder.alive.locked():
+                break
+        else:
+            connection = self._connect(_read_mode(self.path) if self.read_only else "query")
+            self._refuse_if_closed()  # by a signal handler, meanwhile
+            connection.holder = lease
+            self._readers.append(connection)
+        if connection.state is not None and connection.state != _state(self.path):
+            self._readers.remove(connection)  # what was taken for immutable has been written to
+            connection.close()
+            return self._free_reader(lease)
+        connection.holder = lease
         return connection
 
     # ---- reading and writing
@@ -1617,19 +1633,14 @@ class _Store:
 
     def _leases(self) -> list[_Lease]:
         """Return the leases that are alive, waiting ones included; the mutex must be held."""
-        return [
-            lease
-            for lease in (*(holder for holder, _ in self._readers), *self._queue)
-            if lease.alive.locked()
-        ]
+        holders = [connection.holder for connection in self._readers]
+        return [lease for lease in (*holders, *self._queue) if lease.alive.locked()]
 
     def _close_connections(self) -> None:
-        for _, connection in self._readers:
+        connections = [*self._readers, *([self._writer] if self._writer else [])]
+        self._readers, self._writer, self._wal = [], None, None
+        for connection in connections:  # the writer last, so that the WAL is checkpointed and removed
             connection.close()
-        self._readers.clear()
-        if self._writer is not None:
-            self._writer.close()  # last, so that the WAL is checkpointed and removed
-        self._writer = self._wal = None
 
     def close(self) -> None:
         """Close every connection once the work in flight is done; see OperatorDb.close."""
@@ -1675,8 +1686,8 @@ class _Store:
 
     def after_fork_in_child(self) -> None:
         """Begin anew, or, where the parent's connections could not be closed, refuse every call from now on."""
-        inherited = [connection for _, connection in self._readers] + ([self._writer] if self._writer else [])
-        for lease in (*(holder for holder, _ in self._readers), *self._queue):
+        inherited = [*self._readers, *([self._writer] if self._writer else [])]
+        for lease in (*(connection.holder for connection in self._readers), *self._queue):
             lease.connection = None  # so that leaving the parent's block here touches nothing
         self._forget_connections()
         if inherited:
