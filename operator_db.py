@@ -1441,7 +1441,7 @@ class _Store:
                 raise BusyError(f"{self.path}: a fork or close() took {self.timeout:g} s; try again")
             time.sleep(0.0005)
         if lease.connection.in_transaction:  # an interrupted snapshot's
-            lease.connection.query("ROLLBACK")
+            lease.connection.rollback()
         return lease.connection
 
     def _free_reader(self, lease: _Lease) -> _Connection:
@@ -1499,9 +1499,9 @@ class _Store:
                 lease.token = self._current.set(lease)
                 yield
             finally:
+                if lease.connection is not None:
+                    connection.rollback()  # a call into C: an interrupt cannot come before it is done
                 self._leave(lease)
-                if lease.connection is not None and connection.in_transaction:
-                    connection.query("ROLLBACK")
 
     @_block
     def transaction(self) -> Generator[_Lease, None, None]:
@@ -1524,9 +1524,9 @@ class _Store:
                 self._leave(lease)
                 self._usable(lease).query("COMMIT")
             except BaseException:
+                if lease.connection is not None:
+                    connection.rollback()
                 self._leave(lease)
-                if lease.connection is not None and connection.in_transaction:
-                    connection.query("ROLLBACK")
                 raise
             self._check_file(": the last write is lost")
             if time.monotonic() - lease.deadline + self.timeout > 0.01:
@@ -1535,8 +1535,7 @@ class _Store:
                 connection.query("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _begin(self, lease: _Lease, connection: _Connection) -> None:
-        if connection.in_transaction:  # an interrupted holder's
-            connection.query("ROLLBACK")
+        connection.rollback()  # an interrupted holder's
         lease.connection, connection.last_error = connection, None
         # a deferred transaction that reads first and writes then can fail whatever the timeout
         connection.query("BEGIN IMMEDIATE", deadline=lease.deadline)

@@ -22,7 +22,7 @@ import traceback
 import tracemalloc
 import unittest
 import zlib
-from contextlib import closing, redirect_stdout, suppress
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from enum import Enum, Flag
 from io import StringIO
@@ -1474,7 +1474,8 @@ class Opening(Scratch):
                 self.assertEqual(db.path, str(self.directory / "env.db"))
             with OperatorDb(Path("~/deep/er/arg.db"), timeout=1) as db:
                 self.assertEqual(db.path, str(self.directory / "deep" / "er" / "arg.db"))
-        for wrong in ("", "a\0b"):
+        wrong: Any
+        for wrong in ("", "a\0b", "\ud800", 5, 3.5, [], True):
             with self.assertRaises(InvalidRecordError):
                 OperatorDb(wrong)
         for timeout in (-1, True, float("nan"), float("inf"), "1"):
@@ -1526,6 +1527,14 @@ class Opening(Scratch):
         for handle in handles:
             handle.close()
         self.assertEqual(os.listdir(self.directory), ["operator.db"])
+
+    def test_a_write_ahead_log_without_its_database_is_kept_and_named(self) -> None:
+        Path(self.path + "-wal").write_bytes(b"the only copy of the last commits")
+        with self.assertRaises(StorageError) as caught:
+            OperatorDb(self.path)
+        self.assertIn(self.path + "-wal", str(caught.exception))
+        self.assertEqual(os.listdir(self.directory), ["operator.db-wal"])
+        self.assertEqual(Path(self.path + "-wal").read_bytes(), b"the only copy of the last commits")
 
     def test_an_empty_file_is_adopted(self) -> None:
         Path(self.path).touch(0o600)
@@ -1678,6 +1687,20 @@ class ReadOnly(Scratch):
         writer.store_task(TaskRecord(task_id="after"))
         self.assertEqual(writer.check(), [])
 
+    def test_of_a_file_that_seemed_immutable_sees_what_is_written_to_it(self) -> None:
+        with OperatorDb(self.path) as db:
+            for number in range(50):
+                db.store_task(TaskRecord(task_id=f"old{number}", payload=bytes(5000)))
+        with mock.patch("operator_db._read_mode", lambda path: "immutable"):
+            reader = self.open(read_only=True)
+            self.assertEqual(len(reader.list_tasks()), 50)
+            with OperatorDb(self.path) as db:
+                for number in range(50):
+                    db.delete_task(f"old{number}")
+                    db.store_task(TaskRecord(task_id=f"new{number}", payload=bytes(9000)))
+            self.assertEqual({t.task_id[:3] for t in reader.list_tasks()}, {"new"})
+            self.assertEqual(reader.check(), [])
+
 
 class Migration(Scratch):
     def setUp(self) -> None:
@@ -1742,6 +1765,24 @@ class Migration(Scratch):
         with self.raw() as raw:
             self.assertEqual(raw.execute("SELECT count(*) FROM added").fetchone(), (1,))
 
+    def test_stops_a_module_that_had_the_file_open_before_from_writing(self) -> None:
+        db = self.open()
+        program = (
+            "import sys, operator_db as o\n"
+            "o._MIGRATIONS += (lambda c: None,)\n"
+            "o.OperatorDb(sys.argv[1]).close()"
+        )
+        subprocess.run([sys.executable, "-c", program, self.path], check=True, timeout=30)
+        with self.assertRaises(NewerSchemaError):
+            db.store_task(TaskRecord(task_id="t", description="half understood"))
+
+    def test_lets_no_planted_trigger_through(self) -> None:
+        with self.raw() as raw:
+            raw.execute("CREATE TRIGGER planted AFTER INSERT ON tasks BEGIN DELETE FROM proofs; END")
+        with self.steps(self.add_table), self.assertRaises(ForeignFileError):
+            OperatorDb(self.path)
+        self.assertEqual(self.version(self.path), 1)
+
     def test_is_not_for_a_read_only_open(self) -> None:
         before = Path(self.path).read_bytes()
         with self.steps(self.add_table), self.assertRaises(StorageError):
@@ -1784,6 +1825,171 @@ class Closing(Scratch):
         with OperatorDb(self.path) as db:
             in_threads(*[lambda: db.store_task(TaskRecord(task_id="t"))] * 3)
         self.assertEqual(os.listdir(self.directory), ["operator.db"])
+
+
+class AnInterrupt(Scratch):
+    """KeyboardInterrupt may land between any two instructions of this module."""
+
+    @contextmanager
+    def landing_in(self, function: str) -> Any:
+        """Raise KeyboardInterrupt at the first instruction of the next call of a function, as a signal would."""
+
+        def trace(frame: Any, event: str, argument: object) -> Any:
+            if frame.f_code.co_name == function and frame.f_code.co_filename == operator_db.__file__:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+
+    def test_at_the_end_of_a_block_undoes_it_at_once_even_while_somebody_keeps_the_exception(self) -> None:
+        db, other = self.open(), self.open(timeout=0.5)
+        kept: list[BaseException] = []
+        for nested in (False, True):
+            try:
+                with self.landing_in("_leave_block"), db.transaction():
+                    db.append_transcript("s", "user", "undone") if nested else None
+            except KeyboardInterrupt as error:
+                kept.append(error)
+                db.store_proof(VerificationLog(task_id=f"p{nested}", outputs=b"evidence"))
+                self.assertIsNotNone(other.get_proof(f"p{nested}"), "an acknowledged write is not committed")
+            other.store_task(TaskRecord(task_id="t"))
+        self.assertEqual((len(kept), db.transcript("s")), (2, []))
+
+    def test_wherever_it_lands_loses_nothing_and_leaves_no_lock_held(self) -> None:
+        for function in (
+            "_begin",
+            "_wait_for_turn",
+            "_check_file",
+            "_leave",
+            "_usable",
+            "_savepoint",
+            "change",
+            "_connect_writer",
+        ):
+            with self.subTest(function=function):
+                db, other = self.open(), self.open(timeout=0.5)
+                kept = None
+                try:
+                    with self.landing_in(function), db.transaction():
+                        db.store_task(TaskRecord(task_id="a"))
+                        with db.transaction():
+                            db.store_task(TaskRecord(task_id="b"))
+                except KeyboardInterrupt as error:
+                    kept = error
+                self.assertIsNotNone(kept)
+                other.store_task(TaskRecord(task_id="other"))
+                db.store_task(TaskRecord(task_id="mine"))
+                self.assertIsNotNone(other.get_task("mine"))
+                self.assertEqual(other.get_task("a") is None, other.get_task("b") is None)
+                db.close()
+
+    def test_of_a_snapshot_leaves_no_reader_in_its_transaction(self) -> None:
+        db = self.open()
+        db.append_transcript("s", "user", "x")
+        for function in ("_leave_block", "_with_log", "_record", "_leave"):
+            with self.assertRaises(KeyboardInterrupt), self.landing_in(function):
+                db.get_session("s")
+            db.append_transcript("s", "user", "y")
+            self.assertEqual([c.in_transaction for c in db._store._readers], [False])
+            self.assertEqual(db.get_session("s"), self.open().get_session("s"))
+
+    @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
+    def test_of_a_fork_leaves_the_parent_able_to_work(self) -> None:
+        program = (
+            "import os, sys, operator_db as o\n"
+            "db = o.OperatorDb(sys.argv[1], timeout=2)\n"
+            "def interrupted(*a): raise KeyboardInterrupt\n"
+            "real, o._Store.close_before_fork = o._Store.close_before_fork, interrupted\n"
+            "child = os.fork()\n"
+            "if child == 0: os._exit(0)\n"
+            "o._Store.close_before_fork = real\n"
+            "db.store_task(o.TaskRecord(task_id='t')); o.OperatorDb(sys.argv[1] + '2'); print('ok')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, self.path],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        self.assertEqual(done.stdout, "ok\n")
+
+    def test_by_a_signal_handler_that_uses_the_database_never_deadlocks(self) -> None:
+        program = (
+            "import random, signal, sys, time, operator_db as o\n"
+            "db = o.OperatorDb(sys.argv[1], timeout=5); seen = []\n"
+            "signal.signal(signal.SIGALRM, lambda *a: seen.append(db.get_task('a')))\n"
+            "end = time.monotonic() + 0.7\n"
+            "while time.monotonic() < end:\n"
+            "    signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-5, 6e-4))\n"
+            "    for _ in range(20): db.get_task('a')\n"
+            "signal.setitimer(signal.ITIMER_REAL, 0); db.close(); print(len(seen) > 10)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, self.path],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        self.assertEqual((done.stdout, done.stderr), ("True\n", ""))
+
+
+class Blocks(Scratch):
+    def test_work_in_an_exit_stack_and_suppress_nothing(self) -> None:
+        db = self.open()
+        with ExitStack() as stack:
+            stack.enter_context(db.transaction())
+            db.store_task(TaskRecord(task_id="kept"))
+        with self.assertRaises(KeyError), ExitStack() as stack:
+            stack.enter_context(db.transaction())
+            db.store_task(TaskRecord(task_id="undone"))
+            raise KeyError
+        self.assertEqual([t.task_id for t in db.iter_tasks()], ["kept"])
+
+    @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
+    def test_of_one_database_may_use_another_while_a_third_thread_forks(self) -> None:
+        first, second = self.open(timeout=10), self.open(self.path + "2", timeout=10)
+        inside, forking = threading.Event(), threading.Event()
+
+        def work() -> None:
+            with first.transaction():
+                inside.set()
+                forking.wait(10)
+                deadline = time.monotonic() + 5
+                while not operator_db._fork_is_coming.locked() and time.monotonic() < deadline:
+                    time.sleep(0.001)
+                second.store_task(TaskRecord(task_id="t"))
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        inside.wait(10)
+        started = time.monotonic()
+        forking.set()
+        child = os.fork()
+        if child == 0:
+            with suppress(BaseException):
+                os._exit(0 if first.get_task("x") is None and second.get_task("t") else 1)
+            os._exit(2)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        worker.join()
+        self.assertLess(time.monotonic() - started, 5)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
+    def test_that_wait_for_nobody_survive_a_fork_too(self) -> None:
+        db = self.open(timeout=0)
+        db.store_task(TaskRecord(task_id="t"))
+        child = os.fork()
+        if child == 0:
+            with suppress(BaseException):
+                os._exit(0 if db.get_task("t") else 1)
+            os._exit(2)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
 
 
 class Errors(unittest.TestCase):
