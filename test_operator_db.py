@@ -5,12 +5,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import dataclasses
+import gc
 import hashlib
+import io
+import itertools
 import json
+import logging
+import multiprocessing
 import os
+import pickle
 import random
 import re
+import resource
+import select
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -22,13 +33,16 @@ import traceback
 import tracemalloc
 import unittest
 import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, Flag
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
+from zlib import crc32
 
 import operator_db
 from operator_db import (
@@ -1348,8 +1362,7 @@ class Evidence(Scratch):
         ]
         for value in [None, 5, [], {}, "x", deep, [deep], 1e400, "\ud800"]:
             for name in bundle:
-                if name != "task" or value is not None:
-                    wrong.append({**bundle, name: value})
+                wrong += [{**bundle, name: value}] if name != "task" or value is not None else []
             wrong += [
                 {**bundle, "proof": {**bundle["proof"], name: value}}
                 for name in bundle["proof"]
@@ -1362,10 +1375,6 @@ class Evidence(Scratch):
         for each in wrong:
             found = verify_dispute_bundle(each)
             self.assertTrue(found and all(isinstance(line, str) and len(line) < 500 for line in found))
-
-
-def soak(argv: list[str]) -> int:
-    return 0
 
 
 # ---- transactions, opening, closing
@@ -2186,8 +2195,1880 @@ class TheReadme(Scratch):
         self.assertEqual(done.stdout.split()[0], command[2])
 
 
+# ---- faults, for real
+
+NOBODY = 65534
+
+
+class Forked:
+    """A forked child that runs `action(say)`; `say(line)` reaches the parent as one line, the result when it ends.
+
+    Every child is bounded: an alarm ends one that hangs, and `alive` knows those that their test left behind.
+    """
+
+    alive: ClassVar[set[int]] = set()
+
+    def __init__(self, action: Callable[[Callable[[object], None]], Any], *, seconds: float = 20.0) -> None:
+        reader, writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(reader)
+            self.alive.clear()
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(int(seconds))
+
+            def say(line: object) -> None:
+                os.write(writer, f"{line}\n".encode())
+
+            status = 1
+            try:
+                say("=" + pickle.dumps(action(say)).hex())
+                status = 0
+            except BaseException:
+                say("!" + json.dumps(traceback.format_exc()))
+            finally:
+                os._exit(status)
+        os.close(writer)
+        self.alive.add(self.pid)
+        self.lines = os.fdopen(reader, "r")
+
+    def reap(self) -> None:
+        """Wait for the child's end."""
+        self.lines.close()
+        os.waitpid(self.pid, 0)
+        self.alive.discard(self.pid)
+
+    def line(self) -> str:
+        """Return the next line that the child says; fail when it has ended."""
+        line = self.lines.readline().strip()
+        if not line or line[0] == "!":
+            self.reap()
+            raise AssertionError(f"the child failed: {json.loads(line[1:]) if line else 'it died or hung'}")
+        return line
+
+    def kill(self, after: float = 0.0) -> list[str]:
+        """Kill the child, at most so many seconds from now, and return what it had said."""
+        select.select([], [], [], after)
+        os.kill(self.pid, signal.SIGKILL)
+        said = self.lines.read().split("\n")[:-1]  # a line cut short was not said
+        self.reap()
+        failed = [json.loads(line[1:]) for line in said if line.startswith("!")]
+        if failed:
+            raise AssertionError(f"the child failed: {failed[0]}")
+        return said
+
+    def result(self) -> Any:
+        """Wait for the child's end and return what its action returned."""
+        while not (line := self.line()).startswith("="):
+            pass
+        self.reap()
+        return pickle.loads(bytes.fromhex(line[1:]))
+
+
+def forked(action: Callable[[], Any], *, seconds: float = 20.0) -> Any:
+    """Run an action in a forked child and return its result; what it raises fails here, with its traceback."""
+    return Forked(lambda _: action(), seconds=seconds).result()
+
+
+def as_nobody(folder: str, action: Callable[[], Any]) -> Any:
+    """Run an action as a user whom file modes hold back, in a folder of its own."""
+
+    def drop() -> Any:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        return action()
+
+    if os.geteuid() == 0:
+        for name in (folder, *(os.path.join(folder, each) for each in os.listdir(folder))):
+            os.chown(name, NOBODY, NOBODY)
+    return forked(drop)
+
+
+def run(program: str, *arguments: str, wrap: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run a program text in a fresh interpreter that finds the module."""
+    text = f"import sys; sys.path.insert(0, {str(HERE)!r}); from operator_db import *\n{program}"
+    command = [*wrap, sys.executable, "-c", text, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size: writes fail with EFBIG, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def open_files(folder: str) -> int:
+    """Count the descriptors of this process that lead into a folder."""
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found += os.readlink(f"/proc/self/fd/{name}").startswith(folder)
+    return found
+
+
+def contents(path: str) -> bytes:
+    """Return the bytes of a file that nobody has open."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def put_contents(path: str, content: bytes) -> None:
+    """Write a file that nobody has open."""
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(content)
+
+
+def ids(db: OperatorDb) -> list[str]:
+    """Return the ids of all tasks, sorted."""
+    return [task.task_id for task in db.iter_tasks()]
+
+
+def put(db: OperatorDb, *names: str, **more: Any) -> None:
+    """Store a task of each name."""
+    for name in names:
+        db.store_task(TaskRecord(task_id=name, **more))
+
+
+def holding(path: str) -> Forked:
+    """Return a child that stores a task in a transaction which it ends at SIGUSR1; it holds the lock by now."""
+
+    def hold(say: Callable[[object], None]) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        with OperatorDb(path) as db, db.transaction():
+            put(db, "held")
+            say("holding")
+            signal.sigwait({signal.SIGUSR1})
+
+    child = Forked(hold)
+    child.line()
+    return child
+
+
+def crowd(number: int, work: Callable[[int], object]) -> Callable[[], list[str]]:
+    """Start threads; what is returned waits for them all and returns the tracebacks of those that failed."""
+    failures: list[str] = []
+
+    def guarded(worker: int) -> None:
+        try:
+            work(worker)
+        except Exception:
+            failures.append(traceback.format_exc())
+
+    def wait() -> list[str]:
+        for thread in threads:
+            thread.join(10)
+        return failures + [f"{thread.name} hangs" for thread in threads if thread.is_alive()]
+
+    threads = [threading.Thread(target=guarded, args=(n,), daemon=True) for n in range(number)]
+    for thread in threads:
+        thread.start()
+    return wait
+
+
+def proof(task_id: str, outputs: bytes = b"result", **more: Any) -> VerificationLog:
+    """Return a proof of a task."""
+    return VerificationLog(task_id=task_id, outputs=outputs, timestamp=7, **more)
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """A record of an operator's own."""
+
+    name: str
+    count: int = 0
+    pin: str = field(default="", metadata={"secret": True})
+
+
+class FaultCase(unittest.TestCase):
+    """A scratch folder, a time limit, and a look at what is left behind."""
+
+    seconds = 20
+
+    def setUp(self) -> None:
+        """Make the folder and set the alarm."""
+
+        def too_long(*_: object) -> None:
+            raise AssertionError(f"the test took longer than {self.seconds} s")
+
+        self.folder = os.path.realpath(
+            self.enterContext(tempfile.TemporaryDirectory(prefix="operator-faults-"))
+        )
+        self.path = os.path.join(self.folder, "operator.db")
+        before = signal.signal(signal.SIGALRM, too_long)
+        self.addCleanup(signal.signal, signal.SIGALRM, before)
+        self.addCleanup(lambda: [os.kill(pid, signal.SIGKILL) for pid in Forked.alive])
+        self.addCleanup(signal.alarm, 0)
+        signal.alarm(self.seconds)
+
+    def check_sound(self, path: str | None = None) -> None:
+        """Fail unless a fresh look at the file finds nothing wrong."""
+        with OperatorDb(path or self.path) as db:
+            self.assertEqual(db.check(), [])
+
+    def fill(self, path: str | None = None, tasks: int = 40) -> dict[tuple[str, str], Any]:
+        """Make a database with some of everything and return each record by namespace and id."""
+        with OperatorDb(path or self.path, durable=False) as db, db.transaction():
+            for n in range(tasks):
+                status = list(TaskStatus)[n % 5]
+                payload = random.Random(n).randbytes(n * 97 % 3000)
+                db.store_task(TaskRecord(task_id=f"t{n}", payload=payload, status=status, claimed_at=n))
+                if n % 2:
+                    db.store_proof(proof(f"t{n}", b"out%d" % n, submitted=n % 4 == 1))
+            for n in range(30):
+                db.append_transcript(f"s{n % 3}", "user", f"utterance {n} " * 9, timestamp=n)
+            db.append_command("s0", "status", timestamp=5)
+            db.store_config(OperatorConfig(keypairs={"main": "k" * 40}, capabilities=["voice"]))
+            tallies = db.namespace("tallies", Tally, key="name")
+            tallies.put(Tally(name="one", count=1))
+        with OperatorDb(path or self.path) as db:
+            return dict(self.everything(db))
+
+    def everything(self, db: OperatorDb) -> Iterator[tuple[tuple[str, str], Any]]:
+        """Walk every record of a database made by `fill`."""
+        for task in db.iter_tasks():
+            yield ("tasks", task.task_id), task
+        for log in db.list_proofs():
+            yield ("proofs", log.task_id), log
+        for session in db.list_sessions():
+            yield ("sessions", session.session_id), session
+        yield ("config", "operator"), db.get_config()
+        for tally in db.namespace("tallies", Tally, key="name").values():
+            yield ("tallies", tally.name), tally
+
+
+class Killed(FaultCase):
+    """SIGKILL at any moment: what was acknowledged is there, nothing is there by halves."""
+
+    def writer(self, name: str, seed: int) -> Callable[[Callable[[object], None]], None]:
+        """Return a program that writes without end and says the number of each write that was acknowledged."""
+
+        def write(say: Callable[[object], None]) -> None:
+            rng = random.Random(seed)
+            with OperatorDb(self.path, durable=seed % 2 == 0) as db:
+                for n in itertools.count():
+                    if n % 5 == 0:
+                        db.store_task(TaskRecord(task_id=f"{name}-{n}", payload=bytes(rng.randrange(9000))))
+                    elif n % 5 == 1:
+                        with db.transaction():
+                            for part in range(4):
+                                db.store_task(TaskRecord(task_id=f"{name}-{n}-{part}", payload=bytes(2000)))
+                    elif n % 5 == 2:
+                        db.append_transcript(name, "user", str(n))
+                    elif n % 5 == 3:
+                        db.complete_task(f"{name}-{n - 3}", proof(f"{name}-{n - 3}"))
+                    else:
+                        old = TaskRecord(task_id=f"{name}-{n}", status=TaskStatus.COMPLETED, completed_at=n)
+                        db.store_task(old)
+                        db.prune()
+                    say(n)
+
+        return write
+
+    def verify(self, db: OperatorDb, name: str, acknowledged: int) -> None:
+        """Fail unless the first so many writes are there, the next one wholly or not at all, and nothing more."""
+        tasks = set(ids(db))
+        for n in range(acknowledged + 2):
+            whole = n < acknowledged
+            mine = f"{name}-{n}"
+            if n % 5 == 0:
+                self.assertTrue(mine in tasks or not whole, mine)
+            elif n % 5 == 1:
+                parts = sum(f"{mine}-{part}" in tasks for part in range(4))
+                self.assertIn(parts, (4,) if whole else (0, 4), mine)
+            elif n % 5 == 3:
+                task, log = db.get_task(f"{name}-{n - 3}"), db.get_proof(f"{name}-{n - 3}")
+                done = task is not None and task.status == TaskStatus.COMPLETED
+                self.assertEqual(done, log is not None, "a task is completed exactly when its proof is there")
+                self.assertTrue(done or not whole, mine)
+            elif n % 5 == 4 and whole:
+                self.assertNotIn(mine, tasks, "what was pruned came back")
+        said = [int(entry.content) for entry in db.transcript(name)]
+        least = [n for n in range(acknowledged) if n % 5 == 2]
+        self.assertIn(said, (least, [*least, acknowledged]))
+
+    def test_every_acknowledged_write_survives_sigkill(self) -> None:
+        rng = random.Random(3)
+        kills = 0
+        for number in range(16):
+            names = [f"w{number}a", f"w{number}b"]
+            children = [Forked(self.writer(name, number)) for name in names]
+            for name, child in zip(names, children, strict=True):
+                acknowledged = [int(child.line()) for _ in range(rng.randrange(25))]
+                acknowledged += map(int, child.kill(after=rng.uniform(0, 0.008)))
+                kills += 1
+                self.assertEqual(acknowledged, [*range(len(acknowledged))])
+                with OperatorDb(self.path) as db:
+                    self.verify(db, name, len(acknowledged))
+            self.check_sound()
+        self.assertEqual(kills, 32)
+
+    def test_a_creator_that_is_killed_leaves_a_path_that_can_be_opened(self) -> None:
+        rng = random.Random(4)
+        for number in range(25):
+            path = os.path.join(self.folder, str(number), "operator.db")
+
+            def create(say: Callable[[object], None], path: str = path) -> None:
+                say("go")
+                OperatorDb(path).store_task(TaskRecord(task_id="first"))
+                say("stored")
+
+            child = Forked(create)
+            child.line()
+            said = child.kill(after=rng.uniform(0, 0.015))
+            with OperatorDb(path) as db:
+                self.assertTrue(db.get_task("first") or "stored" not in said)
+                self.assertEqual(db.check(), [])
+
+    def test_an_empty_database_that_a_killed_process_left_is_adopted(self) -> None:
+        with closing(sqlite3.connect(self.path)) as raw:
+            raw.execute("PRAGMA journal_mode=WAL")
+        with OperatorDb(self.path) as db:
+            put(db, "t")
+        self.check_sound()
+
+
+def to_version_2(connection: Any) -> None:
+    """A schema step for tests: it writes a lot."""
+    connection.query("CREATE TABLE step_two(a)")
+    connection.query("INSERT INTO step_two SELECT randomblob(600000)")
+
+
+def migrated(path: str) -> int:
+    """Open a file with a module that knows one more schema version; return how many tasks it holds."""
+    operator_db._MIGRATIONS = (operator_db._MIGRATIONS[0], to_version_2)
+    with OperatorDb(path) as db:
+        if db.check():
+            raise AssertionError(db.check())
+        return sum(db.count_tasks().values())
+
+
+class Migrated(FaultCase):
+    """A schema change that is killed, or finds no room, leaves the old file as it was."""
+
+    def version(self) -> int:
+        """Return the file's schema version; nobody has it open."""
+        with closing(sqlite3.connect(self.path)) as raw:
+            return int(raw.execute("PRAGMA user_version").fetchone()[0])
+
+    def test_a_migration_that_is_killed_is_done_or_not_begun(self) -> None:
+        rng = random.Random(5)
+        self.fill()
+        old = contents(self.path)
+        seen = set()
+        for _ in range(15):
+            for name in os.listdir(self.folder):
+                os.unlink(os.path.join(self.folder, name))
+            put_contents(self.path, old)
+
+            def migrate(say: Callable[[object], None]) -> None:
+                say("go")
+                migrated(self.path)
+
+            child = Forked(migrate)
+            child.line()
+            child.kill(after=rng.uniform(0, 0.03))
+            seen.add(self.version())
+            self.assertEqual(forked(lambda: migrated(self.path)), 40)
+            self.assertEqual(self.version(), 2)
+        self.assertIn(1, seen)
+
+    def test_a_migration_without_room_leaves_the_old_version(self) -> None:
+        before = self.fill()
+        for limit in (os.stat(self.path).st_size // 2, os.stat(self.path).st_size + 200_000):
+
+            def migrate(limit: int = limit) -> str:
+                try:
+                    with file_limit(limit):
+                        migrated(self.path)
+                except StorageError as error:
+                    return str(error)
+                return ""
+
+            self.assertIn(self.path, forked(migrate))
+            with OperatorDb(self.path) as db:
+                self.assertEqual(dict(self.everything(db)), before)
+        self.assertFalse([name for name in os.listdir(self.folder) if name.endswith((".new", "-journal"))])
+        self.assertEqual(forked(lambda: migrated(self.path)), 40)
+
+    def test_the_snapshot_before_a_migration_holds_the_old_records_and_is_private(self) -> None:
+        before = self.fill()
+
+        def migrate() -> None:
+            os.umask(0)
+            migrated(self.path)
+
+        forked(migrate)
+        snapshot = self.path + ".v1.bak"
+        self.assertEqual(os.stat(snapshot).st_mode & 0o777, 0o600)
+        with OperatorDb(snapshot) as db:
+            self.assertEqual(dict(self.everything(db)), before)
+
+    def test_processes_that_migrate_at_once_all_end_up_with_the_new_schema(self) -> None:
+        self.fill()
+        children = [Forked(lambda _: migrated(self.path)) for _ in range(6)]
+        self.assertEqual([child.result() for child in children], [40] * 6)
+
+
+class DiskFull(FaultCase):
+    """No room: a typed error, the operation undone as a whole, the same object usable when there is room again."""
+
+    def within(self, size: int, act: Callable[[OperatorDb], None], **options: Any) -> None:
+        """Run `act` on an open database under a file-size limit, then see that the same object still writes."""
+
+        def in_child() -> None:
+            with OperatorDb(self.path, **options) as db:
+                with file_limit(size):
+                    act(db)
+                db.store_task(TaskRecord(task_id="room again", payload=bytes(2 * 10**6)))
+                if db.check():
+                    raise AssertionError(db.check())
+
+        forked(in_child)
+        with OperatorDb(self.path) as db:
+            self.assertEqual(db.check(), [])
+            self.assertEqual(len(db.get_task("room again").payload), 2 * 10**6)
+
+    def test_a_write_without_room_is_refused_and_those_before_it_are_there(self) -> None:
+        acknowledged = []
+
+        def act(db: OperatorDb) -> None:
+            with self.assertRaises(StorageError) as caught:
+                for n in range(1000):
+                    db.store_task(TaskRecord(task_id=f"t{n}", payload=bytes(20_000)))
+                    acknowledged.append(f"t{n}")
+            self.assertIn(self.path, str(caught.exception))
+            self.assertGreater(len(acknowledged), 3)
+            for _ in range(3):
+                with self.assertRaises(StorageError):
+                    db.append_transcript("s", "user", "x" * 200_000)
+            self.assertEqual(sorted(task.task_id for task in db.iter_tasks()), sorted(acknowledged))
+            self.assertIsNone(db.get_session("s"))
+
+        self.within(400_000, act)
+
+    def test_a_batch_without_room_is_undone_as_a_whole(self) -> None:
+        def act(db: OperatorDb) -> None:
+            for payload in (5_000, 200_000):
+                with self.assertRaises(StorageError), db.transaction():
+                    for n in range(100):
+                        db.store_task(TaskRecord(task_id=f"t{n}", payload=bytes(payload)))
+                self.assertEqual(list(db.iter_tasks()), [])
+
+        self.within(300_000, act)
+
+    def test_a_full_disk_that_was_caught_inside_a_block_dooms_the_whole_block(self) -> None:
+        def act(db: OperatorDb) -> None:
+            reached = False
+            with self.assertRaises(StorageError), db.transaction():
+                put(db, "before")
+                with self.assertRaises(StorageError), db.transaction():
+                    for n in range(100):
+                        db.store_task(TaskRecord(task_id=f"t{n}", payload=bytes(400_000)))
+                for call in (
+                    lambda: db.store_task(TaskRecord(task_id="after")),
+                    lambda: db.get_task("before"),
+                    lambda: db.append_command("s", "after"),
+                ):
+                    with self.assertRaises(StorageError):
+                        call()
+                reached = True
+            self.assertTrue(reached)
+            self.assertEqual(list(db.iter_tasks()), [])
+
+        self.within(300_000, act)
+
+    def test_completing_a_task_without_room_leaves_neither_status_nor_proof(self) -> None:
+        def act(db: OperatorDb) -> None:
+            put(db, "t")
+            with self.assertRaises(StorageError):
+                db.complete_task("t", proof("t", bytes(900_000)))
+            self.assertEqual((db.get_task("t").status, db.get_proof("t")), (TaskStatus.CLAIMED, None))
+
+        self.within(300_000, act)
+
+    def test_a_prune_without_room_takes_whole_batches_and_can_be_done_again(self) -> None:
+        with OperatorDb(self.path, durable=False) as db, db.transaction():
+            for n in range(400):
+                db.store_task(
+                    TaskRecord(task_id=f"t{n}", payload=bytes(3000), claimed_at=n, status="completed")
+                )
+
+        def act(db: OperatorDb) -> None:
+            with self.assertRaises(StorageError):
+                db.prune()
+            left = sum(db.count_tasks().values())
+            with suppress(StorageError):
+                db.prune()
+            self.assertLessEqual(sum(db.count_tasks().values()), left)
+            self.assertEqual(db.check(), [])
+
+        self.within(33_000, act)
+        with OperatorDb(self.path) as db:
+            db.prune()
+            self.assertEqual(ids(db), ["room again"])
+
+    def test_a_database_that_cannot_be_created_leaves_nothing(self) -> None:
+        def create() -> None:
+            for limit in (0, 4096, 20_000, 40_000):
+                with file_limit(limit), self.assertRaises(StorageError):
+                    OperatorDb(self.path)
+                self.assertEqual(os.listdir(self.folder), [])
+
+        forked(create)
+
+    def test_a_file_system_that_is_full_refuses_and_goes_on_when_there_is_room(self) -> None:
+        program = """
+import os
+folder = sys.argv[1]
+with open(folder + "/ballast", "wb") as file: file.write(bytes(600_000))
+db, acknowledged = OperatorDb(folder + "/operator.db"), 0
+for _ in range(3):
+    try:
+        while True:
+            db.store_task(TaskRecord(task_id=str(acknowledged), payload=bytes(30_000)))
+            acknowledged += 1
+    except StorageError as error:
+        assert folder in str(error), error
+    try:
+        with db.transaction():
+            db.store_task(TaskRecord(task_id="half")); db.store_task(TaskRecord(task_id="h", payload=bytes(10**7)))
+    except StorageError: pass
+    else: raise AssertionError("ten megabytes went into one")
+assert acknowledged > 5
+os.unlink(folder + "/ballast")
+db.store_task(TaskRecord(task_id="room", payload=bytes(20_000)))
+names = {task.task_id for task in db.iter_tasks()}
+assert names == {"room", *map(str, range(acknowledged))}, names
+assert db.check() == [], db.check()
+db.close()
+with OperatorDb(folder + "/operator.db") as db: assert db.get_task("room")
+"""
+        mount = 'mount -t tmpfs -o size=2m none "$1" && shift && exec "$@"'
+        wrap = ("unshare", "--mount", "sh", "-c", mount, "sh", self.folder)
+        if os.geteuid() or subprocess.run([*wrap, "true"], capture_output=True, check=False).returncode:
+            self.skipTest("needs the right to mount a file system")
+        done = run(program, self.folder, wrap=wrap)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
+
+class Gone(FaultCase):
+    """The file read-only, its directory read-only, the file deleted or replaced: never a silent loss."""
+
+    def test_a_file_that_may_not_be_written_is_read_and_its_writes_are_refused(self) -> None:
+        before = self.fill()
+        os.chmod(self.path, 0o400)
+
+        def look() -> None:
+            with OperatorDb(self.path, read_only=True) as db:
+                self.assertEqual(set(ids(db)), {f"t{n}" for n in range(40)})
+                self.assertEqual(db.check(), [])
+                self.assertRaises(StorageError, db.store_task, TaskRecord(task_id="new"))
+            with self.assertRaises(StorageError), OperatorDb(self.path) as db:
+                put(db, "new")
+
+        as_nobody(self.folder, look)
+        os.chmod(self.path, 0o600)
+        with OperatorDb(self.path) as db:
+            self.assertEqual(dict(self.everything(db)), before)
+
+    def test_a_directory_that_may_not_be_written_is_read_and_its_writes_are_refused(self) -> None:
+        self.fill()
+        old = contents(self.path)
+
+        def look() -> list[str]:
+            os.chmod(self.folder, 0o500)
+            with OperatorDb(self.path, read_only=True) as db:
+                self.assertEqual(len(db.list_tasks()), 40)
+            with self.assertRaises(StorageError), OperatorDb(self.path) as db:
+                put(db, "new")
+            self.assertRaises(StorageError, OperatorDb, os.path.join(self.folder, "other.db"))
+            return os.listdir(self.folder)
+
+        self.assertEqual(as_nobody(self.folder, look), ["operator.db"])
+        os.chmod(self.folder, 0o700)
+        self.assertEqual(contents(self.path), old)
+
+    def test_modes_taken_away_under_an_open_database_lose_nothing_that_was_acknowledged(self) -> None:
+        def work() -> list[str]:
+            stored = ["first"]
+            with OperatorDb(self.path) as db:
+                put(db, "first")
+                for name, mode in ((self.path, 0o400), (self.folder, 0o500)):
+                    os.chmod(name, mode)
+                    with suppress(StorageError):
+                        put(db, f"mode {mode:o}")
+                        stored.append(f"mode {mode:o}")
+            return stored
+
+        stored = as_nobody(self.folder, work)
+        os.chmod(self.folder, 0o700)
+        os.chmod(self.path, 0o600)
+        with OperatorDb(self.path) as db:
+            self.assertEqual(set(ids(db)), set(stored))
+
+    def lose(self, *names: str, instead: str = "") -> None:
+        """Take files away under an open database; fail unless each write is refused until it is opened again."""
+        with OperatorDb(self.path) as db:
+            put(db, "before")
+            for name in names:
+                os.unlink(name)
+            if instead:
+                os.rename(instead, self.path)
+            for _ in range(2):
+                with self.assertRaises(StorageError) as caught:
+                    put(db, "after")
+                self.assertIn("open it again", str(caught.exception))
+            with self.assertRaises(StorageError), db.transaction():
+                db.append_transcript("s", "user", "after")
+
+    def test_writes_to_a_file_that_was_deleted_are_refused(self) -> None:
+        self.lose(self.path)
+        with suppress(FileNotFoundError):
+            os.unlink(self.path + "-wal")
+        self.check_sound()
+
+    def test_writes_beside_a_log_that_was_deleted_are_refused(self) -> None:
+        self.lose(self.path + "-wal")
+
+    def test_writes_to_a_file_that_was_replaced_are_refused_and_the_new_one_is_untouched(self) -> None:
+        other = os.path.join(self.folder, "other.db")
+        before = self.fill(other)
+        old = contents(other)
+        self.lose(self.path + "-wal", self.path + "-shm", instead=other)
+        self.assertEqual(contents(self.path), old)
+        with OperatorDb(self.path) as db:
+            self.assertEqual(dict(self.everything(db)), before)
+
+    def test_closing_a_replaced_database_takes_nothing_from_the_one_in_its_place(self) -> None:
+        db = OperatorDb(self.path)
+        put(db, "old")
+        for suffix in ("", "-wal", "-shm"):
+            os.rename(self.path + suffix, self.path + ".moved" + suffix)
+
+        def successor(say: Callable[[object], None]) -> None:
+            with OperatorDb(self.path) as new:
+                new.store_task(TaskRecord(task_id="one"))
+                say("stored")
+                signal.sigwait({signal.SIGUSR1})
+                new.store_task(TaskRecord(task_id="two"))
+                say("stored")
+                signal.sigwait({signal.SIGUSR1})
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        self.addCleanup(signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        child = Forked(successor)
+        child.line()
+        self.assertRaises(StorageError, db.store_task, TaskRecord(task_id="lost"))
+        db.close()
+        os.kill(child.pid, signal.SIGUSR1)
+        child.line()
+        child.kill()
+        with OperatorDb(self.path) as new:
+            self.assertEqual(ids(new), ["one", "two"])
+
+
+class Damaged(FaultCase):
+    """Damage: what can be read is right, what cannot is a typed error, and check() says so and changes nothing."""
+
+    def read_all(self, db: OperatorDb, stored: dict[tuple[str, str], Any]) -> tuple[int, int]:
+        """Read every record in every way; return how many came back and how many were refused. None may differ."""
+        read = refused = 0
+        get = {"tasks": db.get_task, "proofs": db.get_proof, "sessions": db.get_session}
+        get["config"] = lambda _: db.get_config()
+        for (name, record_id), record in stored.items():
+            if name in get:
+                try:
+                    found = get[name](record_id)
+                except DamagedError:
+                    refused += 1
+                else:
+                    # a damaged index can hide a key from SQLite; a record that comes back is whole
+                    self.assertIn(found, (record, None))
+                    read += found is not None
+                    refused += found is None
+        with suppress(DamagedError):
+            for key, record in self.everything(db):
+                self.assertEqual(record, stored[key])
+        for status in TaskStatus:
+            with suppress(DamagedError):
+                for task in db.list_tasks_by_status(status):
+                    self.assertEqual(task, stored["tasks", task.task_id])
+        return read, refused
+
+    def test_no_bit_flip_in_any_page_ever_changes_a_record_that_is_returned(self) -> None:
+        stored = self.fill()
+        whole = contents(self.path)
+        hurt = os.path.join(self.folder, "hurt.db")
+        rng = random.Random(6)
+        found = refusals = opened = 0
+        for _ in range(150):
+            image = bytearray(whole)
+            image[rng.randrange(len(image))] ^= 1 << rng.randrange(8)
+            put_contents(hurt, image)
+            try:
+                with OperatorDb(hurt, durable=False, timeout=2) as db:
+                    opened += 1
+                    problems = db.check()
+                    _, refused = self.read_all(db, stored)
+                    refusals += refused
+                    found += bool(problems)
+                    self.assertTrue(problems or not refused, "a record is lost and check() is silent")
+            except OperatorDbError as error:
+                self.assertIn(hurt, str(error))
+        self.assertGreater(opened, 50)
+        self.assertGreater(found, 20)
+        self.assertGreater(refusals, 10)
+
+    def test_reading_and_checking_a_damaged_file_changes_no_byte_of_it(self) -> None:
+        stored = self.fill()
+        image = bytearray(contents(self.path))
+        for place in range(9000, len(image), 9000):
+            image[place] ^= 0x10
+        put_contents(self.path, image)
+        with suppress(OperatorDbError), OperatorDb(self.path) as db:
+            self.read_all(db, stored)
+            self.assertTrue(db.check())
+        self.assertEqual(contents(self.path), image)
+
+    def test_a_file_that_is_cut_short_is_refused_or_read_without_a_wrong_record(self) -> None:
+        stored = self.fill()
+        whole = contents(self.path)
+        for size in (*range(0, 600, 100), *range(600, len(whole), len(whole) // 25 + 1), len(whole) - 1):
+            put_contents(self.path, whole[:size])
+            with self.subTest(size=size):
+                if size == 0:
+                    continue  # an empty file is a database that has not begun
+                with self.assertRaises((DamagedError, ForeignFileError)):
+                    OperatorDb(self.path).close()
+                self.assertEqual(contents(self.path), whole[:size])
+        self.assertTrue(stored)
+
+    def test_garbage_at_the_end_of_the_log_or_flips_in_it_never_make_a_wrong_record(self) -> None:
+        def write(say: Callable[[object], None]) -> None:
+            db = OperatorDb(self.path)
+            for n in range(30):
+                db.store_task(TaskRecord(task_id=f"t{n % 10}", payload=b"%d" % n * 500))
+            say("written")
+            signal.pause()
+
+        child = Forked(write)
+        child.line()
+        child.kill()
+        image, wal = contents(self.path), contents(self.path + "-wal")
+        copy = os.path.join(self.folder, "copy.db")
+        rng = random.Random(7)
+        whole = range(30)
+        for n in range(40):
+            bad = bytearray(wal) + rng.randbytes(rng.randrange(1, 9000)) if n < 10 else bytearray(wal)
+            if n >= 10:
+                bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+            put_contents(copy, image)
+            put_contents(copy + "-wal", bad)
+            with suppress(FileNotFoundError):
+                os.unlink(copy + "-shm")
+            with suppress(DamagedError, StorageError, ForeignFileError), OperatorDb(copy) as hurt:
+                payloads = {task.task_id: task.payload for task in hurt.iter_tasks()}
+                for task_id, payload in payloads.items():
+                    self.assertIn(payload, [b"%d" % v * 500 for v in whole if f"t{v % 10}" == task_id])
+                self.assertTrue(n >= 10 or len(payloads) == 10)
+
+    def test_rows_of_another_program_are_refused_by_key_and_can_be_deleted_or_overwritten(self) -> None:
+        stored = self.fill()
+        value, crc = (
+            "UPDATE tasks SET value = ?1, crc = ?2 WHERE key = ?3",
+            "UPDATE tasks SET crc = ?2 WHERE key = ?3",
+        )
+        rows = {
+            "t0": (value, "not JSON"),
+            "t1": (value, "[]"),
+            "t2": (value, '{"task_id":"t2","reward_lamports":-1}'),
+            "t3": (value, '{"task_id":"other"}'),
+            "t4": (value, "[" * 100_000),
+            "t5": ("UPDATE tasks SET status = 'completed', value = value || ?1 || ?2 || ?3 WHERE 0", ""),
+            "t6": (value, b'{"task_id":"t6"}\xff'),
+            "t7": (value, '{"task_id":"t7","payload":"***"}'),
+            "t8": (value, '{"task_id":"t8","claimed_at":NaN}'),
+            "t9": (crc, b""),
+            "t10": (value, '{"task_id":"t10"}'),
+            "t11": (value, b'{"task_id":"t11","description":"\xed\xa0\x80"}'),
+        }
+        with closing(sqlite3.connect(self.path)) as raw, raw:
+            for key, (sql, text) in rows.items():
+                blob = text if isinstance(text, bytes) else text.encode()
+                raw.execute(
+                    sql.replace("value = ?1", "value = CAST(?1 AS TEXT)"), (blob, crc32(blob), "tasks:" + key)
+                )
+            raw.execute("UPDATE tasks SET status = 'resolved' WHERE key = 'tasks:t5'")
+            raw.execute("UPDATE tasks SET at = 12345 WHERE key = 'tasks:t12'")
+            raw.execute("UPDATE tasks SET status = x'00' WHERE key = 'tasks:t13'")
+            raw.execute("UPDATE tasks SET value = CAST(value AS BLOB) WHERE key = 'tasks:t14'")
+        damaged = [*rows, "t12", "t13"]
+        with OperatorDb(self.path) as db:
+            for record_id in damaged:
+                with self.subTest(record_id), self.assertRaisesRegex(DamagedError, f"tasks:{record_id}\\b"):
+                    db.get_task(record_id)
+            report = "\n".join(db.check())
+            for record_id in [*damaged, "t14"]:
+                self.assertRegex(report, f"\\b{record_id}\\b", "check() goes on to the end")
+            self.assertRaises(DamagedError, db.list_tasks)
+            self.assertRaises(DamagedError, lambda: list(db.iter_tasks()))
+            for record_id in damaged[::2]:
+                self.assertTrue(db.delete_task(record_id))
+            for record_id in damaged[1::2]:
+                db.store_task(stored["tasks", record_id])
+                self.assertEqual(db.get_task(record_id), stored["tasks", record_id])
+            db.store_task(stored["tasks", "t14"])
+            self.assertEqual(db.check(), [])
+            self.assertEqual(len(db.list_tasks()), 40 - len(damaged[::2]))
+
+
+class TwoHandles(FaultCase):
+    """A second handle of a live file, and its closing, never drop the locks of the first."""
+
+    def test_a_write_after_another_handle_closed_is_seen_by_every_process(self) -> None:
+        first = OperatorDb(self.path)
+        program = "with OperatorDb(sys.argv[1]) as db: db.store_task(TaskRecord(task_id=sys.argv[2]))"
+        for number, meddle in enumerate(
+            (
+                lambda: OperatorDb(self.path).close(),
+                lambda: OperatorDb(self.path, read_only=True).close(),
+                first.check,
+                first.prune,
+            )
+        ):
+            first.store_task(TaskRecord(task_id=f"before {number}"))
+            meddle()
+            self.assertEqual(run(program, self.path, f"second {number}").stderr, "")
+            first.store_task(TaskRecord(task_id=f"after {number}"))
+        seen = run(
+            "with OperatorDb(sys.argv[1]) as db: print(*(t.task_id for t in db.iter_tasks()), sep='\\n')",
+            self.path,
+        )
+        wanted = [f"{word} {n}" for word in ("after", "before", "second") for n in range(4)]
+        self.assertEqual(seen.stdout.splitlines(), wanted)
+        first.close()
+        self.check_sound()
+
+    def test_no_live_file_is_ever_opened_raw(self) -> None:
+        program = """
+import os
+path, live, raw = sys.argv[1], set(), []
+def watch(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, bytes)):
+        for name in (path, path + "-wal", path + "-shm"):
+            if live and os.path.exists(name) and os.path.exists(arguments[0]) and os.path.samefile(name, arguments[0]):
+                raw.append(arguments)
+sys.addaudithook(watch)
+db = OperatorDb(path)
+live.add(path)
+db.store_task(TaskRecord(task_id="t", payload=bytes(50_000)))
+for options in ({}, {"read_only": True}):
+    other = OperatorDb(path, **options); other.list_tasks(); other.check(); other.close()
+db.complete_task("t", VerificationLog(task_id="t", outputs=b"o"))
+db.check(); db.prune(0, 0, 0); db.count_tasks(); list(db.iter_tasks()); db.dispute_bundle("t")
+for verb, arguments in (("stats", ()), ("prometheus", ()), ("compact", ()), ("backup", (path + ".copy",)),
+                        ("restore", (path + ".copy",)), ("write_metrics", (path + ".prom",))):
+    if hasattr(db, verb): getattr(db, verb)(*arguments)
+if os.fork() == 0: OperatorDb(path).close(); os._exit(9 if raw else 0)
+assert os.wait()[1] == 0
+db.store_task(TaskRecord(task_id="u")); db.close()
+assert not raw, raw
+"""
+        self.assertEqual(run(program, self.path).stderr, "")
+
+
+class Crowded(FaultCase):
+    """Threads and processes at once: right records, no lost increment, no deadlock; a writer that is stuck."""
+
+    def work(self, db: OperatorDb, worker: int, rounds: int) -> None:
+        """Read, increment in both ways, and append, many times."""
+        tallies = db.namespace("tallies", Tally, key="name")
+        for n in range(rounds):
+            found = db.get_task(f"t{n * 7 % 40}")
+            self.assertEqual((found.task_id, found.payload), (f"t{n * 7 % 40}", found.task_id.encode() * 99))
+            if worker % 4 == 0:
+                tallies.update("a", lambda tally: replace(tally, count=tally.count + 1))
+            elif worker % 4 == 1:
+                with db.transaction():
+                    tally = tallies.get("b")
+                    tallies.put(replace(tally, count=tally.count + 1))
+            elif worker % 4 == 2:
+                db.append_transcript("shared", "user", f"{worker} {n}")
+            else:
+                self.assertEqual(sum(1 for _ in db.iter_tasks()), 40)
+
+    def test_sixteen_threads_and_four_processes_read_right_and_lose_no_increment(self) -> None:
+        rounds = 12
+        with OperatorDb(self.path, durable=False) as db:
+            for n in range(40):
+                db.store_task(TaskRecord(task_id=f"t{n}", payload=f"t{n}".encode() * 99))
+            tallies = db.namespace("tallies", Tally, key="name")
+            tallies.put(Tally(name="a"))
+            tallies.put(Tally(name="b"))
+
+            def in_process(worker: int) -> None:
+                with OperatorDb(self.path, durable=False) as mine:
+                    self.work(mine, worker, rounds)
+
+            children = [Forked(lambda _, worker=worker: in_process(worker)) for worker in range(16, 20)]
+            wait = crowd(16, lambda worker: self.work(db, worker, rounds))
+            for child in children:
+                child.result()
+            self.assertEqual(wait(), [])
+            self.assertEqual((tallies.get("a").count, tallies.get("b").count), (5 * rounds, 5 * rounds))
+            said = [entry.content for entry in db.transcript("shared")]
+            self.assertEqual(sorted(said), sorted(f"{w} {n}" for w in range(2, 20, 4) for n in range(rounds)))
+        self.check_sound()
+
+    def test_close_amid_sixteen_busy_threads_ends_and_every_thread_is_told(self) -> None:
+        db = OperatorDb(self.path, durable=False)
+        started, told = threading.Barrier(17), []
+
+        def work(worker: int) -> None:
+            started.wait()
+            try:
+                while True:
+                    put(db, str(worker))
+                    db.get_task(str(worker))
+            except ClosedError:
+                told.append(worker)
+
+        wait = crowd(16, work)
+        started.wait()
+        db.close()
+        self.assertEqual(wait(), [])
+        self.assertEqual(sorted(told), [*range(16)])
+        self.assertEqual(open_files(self.folder), 0)
+
+    def test_close_waits_for_a_block_of_another_thread_and_gives_up_after_the_timeout(self) -> None:
+        with OperatorDb(self.path, timeout=0.2) as db:
+            opened, end = threading.Event(), threading.Event()
+
+            def work(_: int) -> None:
+                with db.transaction():
+                    put(db, "inside")
+                    opened.set()
+                    end.wait()
+                    put(db, "inside still")
+
+            wait = crowd(1, work)
+            opened.wait()
+            self.assertRaises(BusyError, db.close)
+            self.assertRaises(BusyError, put, db, "mine")
+            end.set()
+            self.assertEqual(wait(), [])
+            self.assertEqual(ids(db), ["inside", "inside still"])
+
+    def test_a_writer_stuck_in_another_process_gives_busy_and_the_next_try_works(self) -> None:
+        OperatorDb(self.path).close()
+        child = holding(self.path)
+        with OperatorDb(self.path, timeout=0.15) as db:
+            began = time.monotonic()
+            with self.assertRaisesRegex(BusyError, "try again"):
+                put(db, "mine")
+            self.assertTrue(0.1 < time.monotonic() - began < 2)
+            self.assertIsNone(db.get_task("held"), "readers are not held up, and see the last commit")
+            os.kill(child.pid, signal.SIGUSR1)
+            child.result()
+            put(db, "mine")
+            self.assertEqual(ids(db), ["held", "mine"])
+
+
+def spawned(path: str, name: str) -> None:
+    """Write one task; what multiprocessing runs."""
+    with OperatorDb(path) as db:
+        db.store_task(TaskRecord(task_id=name))
+
+
+class ForkedStates(FaultCase):
+    """Fork in every state: what either side was told is stored is stored."""
+
+    def names(self) -> list[str]:
+        """Return the tasks' names as a fresh handle sees them, after a check."""
+        with OperatorDb(self.path) as db:
+            self.assertEqual(db.check(), [])
+            return ids(db)
+
+    def test_an_idle_database_is_forked_again_and_again(self) -> None:
+        with OperatorDb(self.path) as db:
+            for n in range(10):
+                put(db, f"parent {n}")
+                child = Forked(lambda _, n=n: put(db, f"child {n}"))
+                put(db, f"while {n}")
+                child.result()
+        self.assertEqual(len(self.names()), 30)
+
+    def test_children_forked_while_threads_work_all_write_and_end(self) -> None:
+        stop, counts = threading.Event(), Counter()
+        with OperatorDb(self.path, durable=False) as db:
+
+            def work(worker: int) -> None:
+                while not stop.is_set():
+                    put(db, f"thread {worker} {counts[worker]}")
+                    counts[worker] += 1
+                    sum(1 for _ in itertools.islice(db.iter_tasks(), 20))
+
+            wait = crowd(6, work)
+            try:
+                for n in range(20):
+                    forked(lambda n=n: put(db, f"child {n}"))
+            finally:
+                stop.set()
+            self.assertEqual(wait(), [])
+        self.assertEqual(len(self.names()), 20 + sum(counts.values()))
+
+    def test_an_iteration_goes_on_in_parent_and_child(self) -> None:
+        with OperatorDb(self.path, durable=False) as db:
+            with db.transaction():
+                for n in range(2500):
+                    put(db, f"{n:04}")
+            walk = (task.task_id for task in db.iter_tasks())
+            next(walk)
+
+            def rest(_: object = None) -> list[str]:
+                put(db, f"x{os.getpid()}")
+                return [name for name in walk if name[0] != "x"]
+
+            child = Forked(rest)
+            self.assertEqual(rest(), [f"{n:04}" for n in range(1, 2500)])
+            self.assertEqual(child.result(), [f"{n:04}" for n in range(1, 2500)])
+
+    def test_the_child_of_a_transaction_is_refused_and_the_parent_commits(self) -> None:
+        with OperatorDb(self.path) as db:
+            with db.transaction():
+                put(db, "inside")
+
+                def try_all() -> None:
+                    for call in (lambda: put(db, "child"), lambda: db.get_task("inside"), db.check):
+                        self.assertRaises(ClosedError, call)
+                    self.assertRaises(ConflictError, OperatorDb, self.path)
+                    db.close()
+
+                forked(try_all)
+                put(db, "still inside")
+            put(db, "after")
+            run("OperatorDb(sys.argv[1]).close()", self.path)
+            put(db, "last")
+        self.assertEqual(self.names(), ["after", "inside", "last", "still inside"])
+
+    def test_a_child_that_leaves_its_parents_block_commits_nothing(self) -> None:
+        with OperatorDb(self.path) as db:
+            try:
+                with db.transaction():
+                    put(db, "undone")
+                    pid = os.fork()
+                    if pid:
+                        os.waitpid(pid, 0)
+                        raise KeyError
+            except (KeyError, OperatorDbError):
+                if pid == 0:
+                    os._exit(0)
+            if pid == 0:
+                os._exit(1)
+            put(db, "kept")
+        self.assertEqual(self.names(), ["kept"])
+
+    def test_either_side_may_die_first(self) -> None:
+        def parent(say: Callable[[object], None]) -> None:
+            db = OperatorDb(self.path)
+            put(db, "parent")
+            reader, writer = os.pipe()
+            if os.fork():
+                put(db, "parent again")
+                say("written")
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.close(writer)
+            os.getppid()
+            put(db, "orphan")
+            os.read(reader, 1)  # ends when the parent is dead
+            put(db, "orphan again")
+            say("orphan done")
+            os._exit(0)
+
+        child = Forked(parent)
+        self.assertEqual(sorted((child.line(), child.line())), ["orphan done", "written"])
+        child.reap()
+        self.assertEqual(self.names(), ["orphan", "orphan again", "parent", "parent again"])
+        with OperatorDb(self.path) as db:
+
+            def stream(say: Callable[[object], None]) -> None:
+                for n in itertools.count():
+                    put(db, f"z{n:05}")
+                    say(n)
+
+            child = Forked(stream)
+            for _ in range(5):
+                put(db, f"beside {child.line()}")
+            said = child.kill()
+            put(db, "survivor")
+        least = {f"z{n:05}" for n in range(5 + len(said))} | {f"beside {n}" for n in range(5)} | {"survivor"}
+        self.assertLessEqual(least, set(self.names()))
+
+    def test_multiprocessing_by_fork_and_by_spawn(self) -> None:
+        with OperatorDb(self.path) as db:
+            for method in ("fork", "spawn"):
+                worker = multiprocessing.get_context(method).Process(target=spawned, args=(self.path, method))
+                worker.start()
+                put(db, f"beside {method}")
+                worker.join()
+                self.assertEqual(worker.exitcode, 0)
+        self.assertEqual(self.names(), ["beside fork", "beside spawn", "fork", "spawn"])
+
+
+class Interrupted(FaultCase):
+    """KeyboardInterrupt anywhere, a database that nobody closed, an exit with threads alive: nothing is left held."""
+
+    def interrupt(self, act: Callable[[], object], longest: float, times: int) -> int:
+        """Interrupt an action after random times, as Ctrl-C would; return how often that struck."""
+        rng, struck, armed = random.Random(8), 0, False
+
+        def ring(*_: object) -> None:
+            if armed:
+                raise KeyboardInterrupt
+
+        signal.signal(signal.SIGALRM, ring)
+        for _ in range(times):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.00002, longest))
+                armed = True
+                act()
+                armed = False
+            except KeyboardInterrupt:
+                armed = False
+                struck += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        return struck
+
+    def test_an_interrupted_transaction_is_whole_or_undone_and_holds_no_lock(self) -> None:
+        def work() -> int:
+            count = itertools.count()
+            with OperatorDb(self.path, durable=False, timeout=5) as db:
+
+                def act() -> None:
+                    n = next(count)
+                    with db.transaction():
+                        put(db, f"{n}-a")
+                        with db.transaction():
+                            db.append_command("s", f"{n}-b")
+                    db.update_task_status(f"{n}-a", "in_progress")
+
+                struck = self.interrupt(act, 0.0015, 400)
+                put(db, "last-a")
+                db.append_command("s", "last-b")
+                tasks = {task.task_id[:-2] for task in db.iter_tasks()}
+                said = {command[:-2] for command in db.get_session("s").command_history}
+                self.assertEqual(tasks, said)
+                self.assertEqual(db.check(), [])
+            self.assertEqual(open_files(self.folder), 0)
+            return struck
+
+        self.assertGreater(forked(work), 50)
+
+    def test_an_interrupt_at_any_call_inside_a_nested_block_leaves_all_of_it_or_nothing(self) -> None:
+        def attempt(db: OperatorDb, n: int) -> bool:
+            left = n
+
+            def strike(frame: Any, event: str, _: object) -> None:
+                nonlocal left
+                if event in ("call", "c_return") and frame.f_code.co_filename == operator_db.__file__:
+                    left -= 1
+                    if left == 0:
+                        sys.setprofile(None)
+                        raise KeyboardInterrupt
+
+            inner_ended = False
+            with suppress(ConflictError), db.transaction():
+                put(db, f"{n} before")
+                with suppress(KeyboardInterrupt):
+                    sys.setprofile(strike)
+                    with db.transaction():
+                        put(db, f"{n} inner", f"{n} inner too")
+                    inner_ended = True
+                sys.setprofile(None)
+                put(db, f"{n} after")
+            found = set(ids(db)) & {f"{n} {part}" for part in ("before", "inner", "inner too", "after")}
+            self.assertIn(len(found), (4,) if inner_ended else (0, 2, 4), f"at call {n}: {found}")
+            self.assertEqual(f"{n} inner" in found, f"{n} inner too" in found, f"at call {n}")
+            return left > 0
+
+        def work() -> int:
+            with OperatorDb(self.path, durable=False, timeout=5) as db:
+                last = next(n for n in range(1, 1000) if attempt(db, n))
+                self.assertEqual(db.check(), [])
+            return last
+
+        self.assertGreater(forked(work), 50)
+
+    def test_interrupted_reads_and_walks_leave_every_connection_free(self) -> None:
+        before = self.fill()
+
+        def work() -> int:
+            with OperatorDb(self.path, timeout=5) as db:
+                list(db.list_sessions())
+                held = open_files(self.folder)
+                struck = self.interrupt(lambda: dict(self.everything(db)), 0.006, 150)
+                self.assertEqual(dict(self.everything(db)), before)
+                gc.collect()
+                self.assertLessEqual(open_files(self.folder), held + 2)
+            self.assertEqual(open_files(self.folder), 0)
+            return struck
+
+        self.assertGreater(forked(work), 30)
+
+    def test_an_interrupted_opening_or_closing_leaves_no_descriptor(self) -> None:
+        self.fill()
+
+        def work() -> int:
+            def act() -> None:
+                with OperatorDb(self.path, timeout=5) as db:
+                    db.get_task("t1")
+
+            struck = self.interrupt(act, 0.003, 150)
+            gc.collect()
+            self.assertEqual(open_files(self.folder), 0)
+            return struck
+
+        self.assertGreater(forked(work), 30)
+
+    def test_a_wait_for_another_process_is_interrupted_at_once(self) -> None:
+        OperatorDb(self.path).close()
+        child = holding(self.path)
+
+        def wait() -> float:
+            with OperatorDb(self.path, timeout=15) as db:
+                began = time.monotonic()
+                struck = self.interrupt(lambda: db.store_task(TaskRecord(task_id="t")), 0.05, 3)
+                self.assertEqual(struck, 3)
+                return time.monotonic() - began
+
+        self.assertLess(forked(wait), 1)
+        child.kill()
+        with OperatorDb(self.path) as db:
+            put(db, "t")
+
+    def test_a_walk_or_a_block_that_is_abandoned_holds_nothing(self) -> None:
+        self.fill()
+        with OperatorDb(self.path, timeout=2) as db:
+            walk = db.iter_tasks()
+            next(walk)
+            block = db.transaction()
+            block.__enter__()
+            del block
+            gc.collect()
+            put(db, "t")
+            del walk
+        self.assertEqual(open_files(self.folder), 0)
+
+    def test_a_database_that_nobody_closed_gives_its_descriptors_back(self) -> None:
+        for _ in range(20):
+            OperatorDb(self.path).store_task(TaskRecord(task_id="t"))
+        gc.collect()
+        self.assertEqual(open_files(self.folder), 0)
+
+    def test_an_exit_with_threads_alive_is_silent_and_loses_nothing(self) -> None:
+        program = """
+import itertools, os, threading
+db, seen = OperatorDb(sys.argv[1]), threading.Semaphore(0)
+def work(name):
+    for n in itertools.count():
+        db.store_task(TaskRecord(task_id=f"{name} {n}"))
+        os.write(1, f"{name} {n}\\n".encode())
+        seen.release()
+for name in range(4): threading.Thread(target=work, args=(name,), daemon=True).start()
+for _ in range(40): seen.acquire()
+"""
+        done = run(program, self.path)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        with OperatorDb(self.path) as db:
+            self.assertLessEqual(set(done.stdout.splitlines()), set(ids(db)))
+            self.assertEqual(db.check(), [])
+
+
+class Coroutines(FaultCase):
+    """A transaction belongs to the thread and context that opened it, whoever else runs meanwhile."""
+
+    def test_a_coroutine_that_writes_while_anothers_block_is_open_is_refused_at_once(self) -> None:
+        async def main(db: OperatorDb) -> None:
+            opened, tried = asyncio.Event(), asyncio.Event()
+
+            async def first() -> None:
+                with db.transaction():
+                    put(db, "first")
+                    opened.set()
+                    await tried.wait()
+                    put(db, "first again")
+
+            async def second() -> None:
+                await opened.wait()
+                for write in (
+                    lambda: db.store_task(TaskRecord(task_id="second")),
+                    lambda: db.transaction().__enter__(),
+                    db.close,
+                ):
+                    self.assertRaises(ConflictError, write)
+                self.assertIsNone(db.get_task("first"), "what is not committed is seen by nobody else")
+                tried.set()
+
+            await asyncio.gather(first(), second())
+
+        with OperatorDb(self.path) as db:
+            asyncio.run(main(db))
+            self.assertEqual(ids(db), ["first", "first again"])
+
+    def test_a_worker_or_task_that_is_started_inside_a_block_gets_no_place_in_it(self) -> None:
+        with OperatorDb(self.path) as db:
+
+            def refused() -> None:
+                self.assertRaises(ConflictError, db.store_task, TaskRecord(task_id="worker"))
+                self.assertIsNone(db.get_task("inside"))
+
+            async def main() -> None:
+                with db.transaction():
+                    put(db, "inside")
+                    await asyncio.to_thread(refused)
+                    await asyncio.create_task(in_task())
+                    worker = threading.Thread(target=contextvars.copy_context().run, args=(refused,))
+                    worker.start()
+                    await asyncio.get_running_loop().run_in_executor(None, worker.join)
+
+            async def in_task() -> None:
+                refused()
+
+            asyncio.run(main())
+            self.assertEqual(ids(db), ["inside"])
+            asyncio.run(asyncio.to_thread(db.store_task, TaskRecord(task_id="later")))
+            self.assertIsNotNone(db.get_task("later"))
+
+
+SECRET = "5ecretSecret5"
+
+
+@dataclass(kw_only=True)
+class Wallet:
+    """A record that holds records with secrets."""
+
+    owner: str
+    tallies: list[Tally] = field(default_factory=list)
+
+
+class Secrets(FaultCase):
+    """Files are private from their first byte; what is secret is shown nowhere."""
+
+    def test_every_file_is_private_at_every_moment_whatever_the_umask(self) -> None:
+        def watch(umask: int) -> dict[str, int]:
+            os.umask(umask)
+            worst: dict[str, int] = {}
+            path = os.path.join(self.folder, f"new {umask}", "below", "operator.db")
+
+            def look(*_: object) -> None:
+                for folder, _folders, names in os.walk(os.path.dirname(os.path.dirname(path))):
+                    for name in [folder, *(os.path.join(folder, each) for each in names)]:
+                        with suppress(FileNotFoundError):
+                            worst[name] = worst.get(name, 0) | os.stat(name).st_mode & 0o077
+
+            sys.setprofile(look)
+            with OperatorDb(path) as db:
+                put(db, "t")
+                if hasattr(db, "backup"):
+                    db.backup(path + ".copy")
+                look()
+            sys.setprofile(None)
+            return worst
+
+        for umask in (0o000, 0o077):
+            worst = forked(lambda umask=umask: watch(umask))
+            self.assertGreaterEqual(len(worst), 5, worst)
+            self.assertTrue({name[-4:] for name in worst} >= {"r.db", "-wal", "-shm", ".new"}, worst)
+            self.assertEqual({name: mode for name, mode in worst.items() if mode}, {})
+
+    def test_a_file_that_others_could_read_is_tightened_with_a_log_line(self) -> None:
+        self.fill()
+        os.chmod(self.path, 0o644)
+        with self.assertLogs("operator_db", logging.WARNING) as logs, OperatorDb(self.path):
+            self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
+        self.assertIn(self.path, logs.output[0])
+
+    def test_a_rotated_keypair_is_nowhere_in_the_file_after_close(self) -> None:
+        with OperatorDb(self.path) as db:
+            for round_, secret in enumerate((SECRET, "another-5ecret")):
+                db.store_config(OperatorConfig(keypairs={"main": secret, "big": secret * 3000}))
+                put(db, f"t{round_}")
+        left = {name: contents(os.path.join(self.folder, name)) for name in os.listdir(self.folder)}
+        self.assertEqual([name for name, content in left.items() if SECRET.encode() in content], [])
+        self.assertIn(b"another-5ecret", left["operator.db"])
+
+    def test_no_secret_is_in_a_repr_an_error_a_log_or_a_traceback(self) -> None:
+        shown = io.StringIO()
+        handler = logging.StreamHandler(shown)
+        logging.getLogger("operator_db").addHandler(handler)
+        self.addCleanup(logging.getLogger("operator_db").removeHandler, handler)
+
+        def show(act: Callable[[], object]) -> None:
+            try:
+                print(repr(act()), file=shown)
+            except OperatorDbError as error:
+                shown.write(f"{error!r} {error} {error.args} {traceback.format_exc()}")
+
+        config = OperatorConfig(keypairs={"main": SECRET}, rpc_endpoints=[f"https://rpc?key={SECRET}"])
+        with OperatorDb(self.path) as db:
+            show(lambda: config)
+            for wrong in ({"main": [SECRET]}, {"main": SECRET.encode()}, [SECRET], SECRET, {SECRET: 1}):
+                show(lambda wrong=wrong: OperatorConfig(keypairs=wrong))
+                show(lambda wrong=wrong: OperatorConfig(rpc_endpoints=wrong))
+                config.keypairs = wrong
+                show(lambda: db.store_config(config))
+                show(
+                    lambda wrong=wrong: db.namespace("tallies", Tally, key="name").put(
+                        Tally(name="n", pin=wrong)
+                    )
+                )
+            wallets = db.namespace("wallets", Wallet, key="owner")
+            tally = Tally(name="n", pin=SECRET)
+            show(lambda: tally)
+            show(lambda: Wallet(owner="o", tallies=[tally]))
+            show(lambda: wallets.put(Wallet(owner="o", tallies=[tally, 1])))
+            show(lambda: wallets.put(Wallet(owner="o", tallies=[Tally(name=1, pin=SECRET)])))
+            show(lambda: wallets.put(Wallet(owner="", tallies=[tally])))
+            show(lambda: wallets.put(Wallet(owner=[tally], tallies=[])))
+            db.store_config(OperatorConfig(keypairs={"main": SECRET}))
+        for value in (f'{{"keypairs":{{"main":"{SECRET}"}}', f'{{"keypairs":["{SECRET}"]}}', f'["{SECRET}"]'):
+            with closing(sqlite3.connect(self.path)) as raw, raw:
+                raw.execute("UPDATE config SET value = ?, crc = ?", (value, crc32(value.encode())))
+            with OperatorDb(self.path) as db:
+                show(db.get_config)
+                show(db.check)
+        self.assertIn("***", shown.getvalue())
+        self.assertIn("Error", shown.getvalue())
+        self.assertNotIn(SECRET, shown.getvalue())
+
+
+class Hostile(FaultCase):
+    """Files, names and documents that somebody made to do harm."""
+
+    def test_a_crafted_schema_is_refused_and_no_byte_of_it_changed(self) -> None:
+        self.fill()
+        whole = contents(self.path)
+        columns = operator_db._CREATE_TABLE[operator_db._CREATE_TABLE.index("(") :]
+        for crafted in (
+            "CREATE TRIGGER planted AFTER INSERT ON tasks BEGIN DELETE FROM proofs; END",
+            "CREATE TRIGGER planted AFTER INSERT ON tallies BEGIN DELETE FROM proofs; END",
+            "CREATE TEMP TRIGGER IF NOT EXISTS a AFTER INSERT ON tasks BEGIN SELECT 1; END; CREATE VIEW v AS SELECT * FROM proofs",
+            "DROP TABLE proofs; CREATE VIEW proofs AS SELECT * FROM tasks",
+            f"DROP TABLE tasks; CREATE TABLE tasks{columns.replace(')', ', more)')}",
+            f"DROP TABLE tasks; CREATE TABLE Tasks{columns}",
+            "DROP INDEX tasks_status_at; CREATE INDEX tasks_status_at ON proofs(at)",
+            "CREATE UNIQUE INDEX more ON tasks(key, status)",
+            "DROP TABLE config",
+            "PRAGMA application_id = 7",
+            "PRAGMA user_version = 99",
+        ):
+            put_contents(self.path, whole)
+            with closing(sqlite3.connect(self.path)) as raw:
+                raw.executescript(crafted)
+            image = contents(self.path)
+            with self.subTest(crafted):
+                with self.assertRaises((ForeignFileError, operator_db.NewerSchemaError)):
+                    OperatorDb(self.path).close()
+                self.assertEqual(contents(self.path), image)
+                self.assertEqual(os.listdir(self.folder), ["operator.db"])
+
+    def test_a_schema_of_many_tables_opens_and_answers_in_time(self) -> None:
+        self.fill()
+        many = (
+            "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 8000) INSERT INTO sqlite_schema"
+            " SELECT 'view', 'other_' || n, 'other_' || n, 0, 'CREATE VIEW other_' || n || ' AS SELECT 1' FROM c"
+        )
+        with closing(sqlite3.connect(self.path)) as raw, raw:
+            raw.execute("PRAGMA writable_schema=ON")
+            raw.execute(many)
+        began = time.monotonic()
+        with OperatorDb(self.path) as db:
+            self.assertEqual(len(db.list_tasks()), 40)
+        self.assertLess(
+            time.monotonic() - began, 5, "SQLite parses the schema anew for each connection, no more"
+        )
+
+    def test_documents_too_deep_or_too_large_are_refused(self) -> None:
+        deep: Any = []
+        for _ in range(5000):
+            deep = [deep]
+        loop: dict[str, Any] = {}
+        loop["again"] = loop
+        with OperatorDb(self.path) as db:
+            for odd in (deep, loop, 10**5000, float("nan"), "\ud800", {1: 2}, (1,), object()):
+                with self.assertRaises(InvalidRecordError):
+                    db.store_config(OperatorConfig(model_preferences={"odd": odd}))
+            self.assertIsNone(db.get_config())
+            self.assertEqual(db.check(), [])
+
+    def test_a_namespace_name_that_tries_to_be_sql_is_refused(self) -> None:
+        with OperatorDb(self.path) as db:
+            db.store_proof(proof("t"))
+            bad = ["a; DROP TABLE proofs", "a b", "", "a\0b", "a\n", "x" * 49, None, 7, b"a"]
+            for name in [
+                *bad,
+                "a(key)--",
+                'a"b',
+                "a'b",
+                "1a",
+                "_a",
+                "A",
+                "ä",
+                "а",
+                "sqlite_a",
+                "tasks",
+                "proofs",
+                "session_log",
+                "config",
+            ]:
+                with self.subTest(name), self.assertRaises(InvalidRecordError):
+                    db.namespace(name, Tally, key="name")
+            for name in ("select", "table", "a_1", "order", "x" * 48, "tasks_status_at"):
+                with self.subTest(name), suppress(InvalidRecordError, ForeignFileError):
+                    tallies = db.namespace(name, Tally, key="name")
+                    tallies.put(Tally(name="one", count=1))
+                    self.assertEqual(
+                        [tallies.get("one").count, tallies.count(), tallies.delete("one")], [1, 1, True]
+                    )
+            self.assertIsNotNone(db.get_proof("t"))
+            self.assertEqual(db.check(), [])
+
+    def test_every_printable_id_is_kept_apart_and_every_other_is_refused(self) -> None:
+        good = [
+            "'",
+            '"',
+            "';",
+            "a:b",
+            "a%3Ab",
+            "a%b",
+            "%",
+            ":",
+            "tasks:a",
+            "a:",
+            ":a",
+            "*",
+            "?1",
+            "é",
+            "é",
+            "אב",
+            "A",
+            "a",
+            "../../x",
+        ]
+        good += ["'; DROP TABLE tasks; --", "\\", "\U0001f600", "x" * 2**20, "x" * (2**20 - 1)]
+        bad = [*"\n\0\u202e\ud800\x1b\ufeff", "", "a\nb", "a\0", "a\0b", "a\u202eb", None, 7, b"a", ["a"]]
+        with OperatorDb(self.path, durable=False) as db:
+            for n, name in enumerate(good):
+                db.store_task(TaskRecord(task_id=name, claimed_at=n))
+                db.store_proof(proof(name))
+                db.append_transcript(name, "user", str(n))
+            for n, name in enumerate(good):
+                self.assertEqual(db.get_task(name).claimed_at, n)
+                self.assertEqual(db.get_proof(name).task_id, name)
+                self.assertEqual([entry.content for entry in db.transcript(name)], [str(n)])
+            self.assertEqual(set(ids(db)), set(good))
+            calls = [db.get_task, db.get_proof, db.get_session, db.transcript, db.dispute_bundle]
+            calls += [
+                lambda name: put(db, name),
+                lambda name: db.link_task(name, "t"),
+                proof,
+            ]
+            for name, call in itertools.product(bad, [*calls, lambda name: db.append_command(name, "c")]):
+                with self.assertRaises(InvalidRecordError) as caught:
+                    call(name)
+                self.assertTrue(str(caught.exception).isprintable(), "a message carries no control character")
+            self.assertEqual(db.count_tasks()[TaskStatus.CLAIMED], len(good))
+            for name in good:
+                self.assertTrue(db.delete_task(name) and db.delete_session(name))
+            self.assertEqual((list(db.iter_tasks()), db.list_sessions(), db.check()), ([], [], []))
+
+
+# ---- soak: random operations, random faults, and a model in memory to compare with
+
+Model = dict[str, Any]  # of one worker: what the database must hold of its records
+Operation = tuple[str, str, int]  # verb, id, size of the payload
+
+
+def payload(record_id: str, size: int) -> bytes:
+    """Return the bytes that belong to an id."""
+    return random.Random(record_id).randbytes(size)
+
+
+def choose(rng: random.Random, model: Model, fresh: str) -> Operation:
+    """Return an operation that the model allows next."""
+    verbs = [
+        "store",
+        "batch",
+        "append",
+        "tally",
+        "old",
+        "move",
+        "complete",
+        "delete",
+        "forget",
+        "prune",
+        "secret",
+    ]
+    verb = rng.choices(verbs, (6, 2, 4, 4, 2, 3, 4, 1 + len(model["tasks"]) // 8, 3, 1, 1))[0]
+    known = {"complete": "move", "forget": "proofs"}.get(verb, "tasks")
+    if verb in ("move", "complete", "delete", "forget"):
+        ids = [each for each in model["tasks"] if model["tasks"][each][0] == "claimed"]
+        if verb in ("delete", "forget"):
+            ids = list(model[known])
+        if verb == "complete":
+            ids = [each for each in ids if each not in model["proofs"]]
+        if not ids:
+            return "store", fresh, 10
+        return verb, rng.choice(ids), rng.randrange(3000)
+    return (
+        ("hush" if len(model["log"]) > 60 else verb),
+        fresh,
+        rng.randrange(1, rng.choice((10, 3000, 60_000))),
+    )
+
+
+def perform(db: OperatorDb, worker: int, operation: Operation) -> None:
+    """Do an operation on the database."""
+    verb, name, size = operation
+    if verb == "store":
+        db.store_task(TaskRecord(task_id=name, payload=payload(name, size)))
+    elif verb == "batch":
+        with db.transaction():
+            for part in range(5):
+                db.store_task(TaskRecord(task_id=f"{name}/{part}", payload=payload(f"{name}/{part}", size)))
+    elif verb == "append":
+        db.append_transcript(str(worker), "user", name)
+    elif verb == "hush":
+        db.delete_session(str(worker))
+    elif verb == "tally":
+        db.namespace("tallies", Tally, key="name").update(
+            str(worker), lambda t: replace(t, count=t.count + 1)
+        )
+    elif verb == "old":
+        db.store_task(
+            TaskRecord(task_id=name, payload=payload(name, size), status="completed", completed_at=1)
+        )
+    elif verb == "move":
+        db.update_task_status(name, "in_progress", expected="claimed")
+    elif verb == "complete":
+        db.complete_task(name, proof(name, payload(name, size)))
+    elif verb == "delete":
+        db.delete_task(name)
+    elif verb == "forget":
+        with db.transaction():
+            db.delete_task(name)
+            db.mark_proof_submitted(name, "signature")
+            db.delete_proof(name)
+    elif verb == "prune":
+        db.prune(session_days=None)
+    else:
+        db.store_config(OperatorConfig(keypairs={"main": name * 50}))
+
+
+def expect(model: Model, operation: Operation) -> Model:
+    """Return the model after an operation."""
+    verb, name, size = operation
+    model = {part: value if part == "tally" else value.copy() for part, value in model.items()}
+    if verb in ("store", "old"):
+        model["tasks" if verb == "store" else "old"][name] = (
+            "claimed" if verb == "store" else "completed",
+            size,
+        )
+    elif verb == "batch":
+        model["tasks"] |= {f"{name}/{part}": ("claimed", size) for part in range(5)}
+    elif verb == "append":
+        model["log"].append(name)
+    elif verb in ("hush", "prune"):
+        model["log" if verb == "hush" else "old"].clear()
+    elif verb == "tally":
+        model["tally"] += 1
+    elif verb == "move":
+        model["tasks"][name] = ("in_progress", model["tasks"][name][1])
+    elif verb == "complete":
+        model["tasks"][name] = ("completed", model["tasks"][name][1])
+        model["proofs"][name] = size
+    if verb in ("delete", "forget"):
+        model["tasks"].pop(name, None)
+    if verb == "forget":
+        del model["proofs"][name]
+    return model
+
+
+def holdings(db: OperatorDb, worker: int) -> Model:
+    """Return what the database holds of a worker's records, in the shape of its model."""
+    tasks = [task for task in db.iter_tasks() if task.task_id.startswith(f"{worker}-")]
+    tally = db.namespace("tallies", Tally, key="name").get(str(worker))
+    return {
+        "tasks": {
+            task.task_id: (task.status.value, len(task.payload))
+            if task.payload == payload(task.task_id, len(task.payload))
+            else "wrong"
+            for task in tasks
+        },
+        "proofs": {
+            log.task_id: len(log.outputs)
+            if log.outputs == payload(log.task_id, len(log.outputs))
+            else "wrong"
+            for log in db.list_proofs()
+            if log.task_id.startswith(f"{worker}-")
+        },
+        "log": [entry.content for entry in db.transcript(str(worker))],
+        "tally": tally.count if tally else 0,
+    }
+
+
+def agree(found: Model, model: Model) -> bool:
+    """Whether the database holds what the model says; old tasks may have been pruned by anybody."""
+    old = {name: value for name, value in model["old"].items() if name in found["tasks"]}
+    return {**found, "old": old} == {**model, "tasks": model["tasks"] | old, "old": old}
+
+
+def soaked(
+    path: str, worker: int, round_: int, seed: int, model: Model
+) -> Callable[[Callable[[object], None]], None]:
+    """Return a program that works at random without end, and says what it begins and what was acknowledged."""
+
+    def work(say: Callable[[object], None], model: Model = model) -> None:
+        rng = random.Random(f"{seed} {round_} {worker}")
+        db = OperatorDb(path, durable=bool(rng.randrange(2)))
+        for n in itertools.count():
+            operation = choose(rng, model, f"{worker}-{round_}-{n}")
+            say("i" + json.dumps(operation))
+            fault = rng.random()
+            try:
+                if fault < 0.04:
+                    with file_limit(
+                        rng.choice((0, 30_000, os.stat(path).st_size, 2 * os.stat(path).st_size))
+                    ):
+                        perform(db, worker, operation)
+                elif fault < 0.06:
+                    forked(lambda operation=operation: perform(db, worker, operation))
+                else:
+                    perform(db, worker, operation)
+            except StorageError:
+                say("f")
+                if fault >= 0.04:
+                    raise
+            else:
+                say("a")
+                model = expect(model, operation)
+
+    return work
+
+
+def flip(image: bytes, path: str, models: list[Model], rng: random.Random) -> bool:
+    """Flip a bit of a copy and read it all; return whether every record that came back is one that was stored."""
+    bad = bytearray(image)
+    bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+    put_contents(path, bad)
+    with suppress(OperatorDbError), OperatorDb(path, durable=False) as db:
+        db.check()
+        for worker, model in enumerate(models):
+            for name, stored in (model["tasks"] | model["old"]).items():
+                with suppress(DamagedError):
+                    task = db.get_task(name)
+                    right = task is None or task.payload == payload(name, len(task.payload))
+                    if not right or (task and (task.status.value, len(task.payload)) != stored):
+                        return False
+            for name, size in model["proofs"].items():
+                with suppress(DamagedError):
+                    log = db.get_proof(name)
+                    if log is not None and log.outputs != payload(name, size):
+                        return False
+            with suppress(DamagedError):
+                if [entry.content for entry in db.transcript(str(worker))] not in ([], model["log"]):
+                    return False
+    return True
+
+
+def soak(argv: list[str]) -> int:
+    """Attack a scratch database for some minutes; print a summary; return 1 when anything was lost or came back wrong.
+
+    `--seed` repeats the operations and faults; the moments at which the kernel stops a process are its own.
+    """
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="soak", description=soak.__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "big"))
+    options = parser.parse_args(argv)
+    rng, seen, failures = random.Random(options.seed), Counter(), []
+    models: list[Model] = [{"tasks": {}, "proofs": {}, "log": [], "old": {}, "tally": 0} for _ in range(3)]
+    end = time.monotonic() + options.minutes * 60
+    with tempfile.TemporaryDirectory(prefix="operator-soak-") as folder:
+        path, copy = os.path.join(folder, "operator.db"), os.path.join(folder, "copy.db")
+        with OperatorDb(path) as db:
+            for worker in range(len(models)):
+                db.namespace("tallies", Tally, key="name").put(Tally(name=str(worker)))
+        for round_ in itertools.count():
+            if failures or time.monotonic() > end:
+                break
+            children = [
+                Forked(soaked(path, worker, round_, options.seed, model), seconds=120)
+                for worker, model in enumerate(models)
+            ]
+            pending: list[list[Operation]] = []
+            for worker, child in enumerate(children):
+                begun: Operation | None = None
+                try:
+                    said = [child.line() for _ in range(rng.randrange(2, 200))]
+                    said += child.kill(after=rng.uniform(0, 0.01))
+                except AssertionError as error:
+                    failures.append(f"worker {worker}: {error}")
+                    said = []
+                for line in said:
+                    if line[0] == "i":
+                        begun = tuple(json.loads(line[1:]))
+                    else:
+                        models[worker] = expect(models[worker], begun) if line == "a" else models[worker]
+                        seen["acknowledged" if line == "a" else "faults"] += 1
+                        begun = None
+                seen["operations"] += sum(line[0] == "i" for line in said)
+                seen["kills"] += 1
+                pending.append([begun] if begun else [])
+            with OperatorDb(path) as db:
+                problems = db.check()
+                failures += problems
+                for worker, model in enumerate(models):
+                    found = holdings(db, worker)
+                    possible = [model, *(expect(model, operation) for operation in pending[worker])]
+                    fits = [each for each in possible if agree(found, each)]
+                    seen["wrong records"] += "wrong" in (*found["tasks"].values(), *found["proofs"].values())
+                    if not fits:
+                        seen["losses"] += 1
+                        failures.append(
+                            f"worker {worker}, round {round_}: {pending[worker]}: {found} is not {model}"
+                        )
+                    models[worker] = fits[-1] if fits else model
+            image = contents(path)
+            for _ in range(10):
+                seen["flips"] += 1
+                if not flip(image, copy, models, rng):
+                    seen["wrong records"] += 1
+                    failures.append(f"round {round_}: a flipped bit changed a record")
+            if sys.stderr.isatty():
+                print(f"\r{max(0, end - time.monotonic()):5.0f} s left {dict(seen)}", end="", file=sys.stderr)
+    names = ("operations", "acknowledged", "kills", "faults", "flips", "losses", "wrong records")
+    print(
+        f"seed {options.seed}, {options.minutes:g} minutes: "
+        + ", ".join(f"{name} {seen[name]}" for name in names)
+    )
+    for failure in failures[:5]:
+        print(f"FAIL (seed {options.seed}) {failure[:2000]}")
+    return 1 if failures else 0
+
+
 def main(argv: list[str]) -> int:
-    """Run the tests, or what is named: `soak`."""
+    """Run the tests, or what is named: `soak [--minutes N] [--seed S]`."""
+    logging.getLogger("operator_db").addHandler(logging.NullHandler())
     if argv[:1] == ["soak"]:
         return soak(argv[1:])
     suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
