@@ -1842,10 +1842,11 @@ class AnInterrupt(Scratch):
     @contextmanager
     def landing_in(self, function: str) -> Any:
         """Raise KeyboardInterrupt at the first instruction of the next call of a function, as a signal would."""
+        before = sys.gettrace()
 
         def trace(frame: Any, event: str, argument: object) -> Any:
             if frame.f_code.co_name == function and frame.f_code.co_filename == operator_db.__file__:
-                sys.settrace(None)
+                sys.settrace(before)
                 raise KeyboardInterrupt
             return trace
 
@@ -1853,7 +1854,7 @@ class AnInterrupt(Scratch):
         try:
             yield
         finally:
-            sys.settrace(None)
+            sys.settrace(before)
 
     def test_at_the_end_of_a_block_undoes_it_at_once_even_while_somebody_keeps_the_exception(self) -> None:
         db, other = self.open(), self.open(timeout=0.5)
@@ -2152,6 +2153,10 @@ class TheFile(Scratch):
         done = self.python("import operator_db, sys; sys.exit(0 if operator_db.inspect() else 1)")
         self.assertEqual(done.returncode, 1)
         self.assertIn("tasks:t", done.stdout)
+
+    def test_keeps_its_promises_when_it_is_imported_too(self) -> None:
+        with redirect_stdout(StringIO()) as printed:
+            self.assertTrue(operator_db.self_check(), printed)
 
     def test_a_promise_that_is_broken_is_reported(self) -> None:
         def broken(path: str) -> None:
