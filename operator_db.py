@@ -413,6 +413,7 @@ class _Shape(NamedTuple):
     encode: Callable[[Any], Any] | None = None
     decode: Callable[[Any], Any] | None = None
     sure: frozenset[type] = frozenset()  # types all of whose values hold
+    secret: bool = False  # whether a record within has secret fields
 
 
 def _refuse_constant(name: str) -> Any:
@@ -497,7 +498,9 @@ def _shape(hint: Any) -> _Shape:
     if isinstance(hint, type) and is_dataclass(hint):
         codec = _codec(hint)
         sure = frozenset({hint} if codec.stays_checked else ())
-        return _Shape(f"a {hint.__name__}", codec.holds, codec.to_json, codec.from_json, sure)
+        return _Shape(
+            f"a {hint.__name__}", codec.holds, codec.to_json, codec.from_json, sure, bool(codec.secrets)
+        )
     raise TypeError(f"{hint} has no JSON form here")
 
 
@@ -509,6 +512,7 @@ def _optional(inner: _Shape) -> _Shape:
         encode and (lambda v: None if v is None else encode(v)),
         decode and (lambda v: None if v is None else decode(v)),
         inner.sure | {type(None)},
+        inner.secret,
     )
 
 
@@ -525,6 +529,7 @@ def _list_of(inner: _Shape) -> _Shape:
         lambda v: type(v) is list and all(map(holds, v)),
         encode and (lambda v: [encode(each) for each in v]),
         decode and (lambda v: [decode(each) for each in _json_list(v)]),
+        secret=inner.secret,
     )
 
 
@@ -535,6 +540,7 @@ def _dict_of(inner: _Shape) -> _Shape:
         lambda v: type(v) is dict and all(_is_text(k) and holds(each) for k, each in v.items()),
         encode and (lambda v: {k: encode(each) for k, each in v.items()}),
         decode and (lambda v: {k: decode(each) for k, each in v.items()}),
+        secret=inner.secret,
     )
 
 
@@ -558,7 +564,8 @@ class _Codec(Generic[R]):
             for each in fields(record_type):
                 self.shapes[each.name] = _shape(hints[each.name])
         except Exception as error:  # a hint that names nothing, has no JSON form, or contains its own type
-            raise InvalidRecordError(f"{self.name}: {error}") from None
+            raise InvalidRecordError(f"{self.name}: {str(error)[:200]}") from None
+        self.secrets |= {name for name, shape in self.shapes.items() if shape.secret}
         # two names more, because attrgetter of one gives no tuple, and of none is an error
         self._values: Callable[[R], tuple[Any, ...]] = attrgetter(*self.shapes, "__class__", "__class__")
         every = fields(record_type)
@@ -599,7 +606,7 @@ class _Codec(Generic[R]):
         for name, enum in self._enums:
             value = getattr(record, name)
             if type(value) is not enum and isinstance(value, str):
-                with suppress(ValueError):  # what is neither is refused by the check
+                with suppress(Exception):  # what is neither is refused by the check
                     object.__setattr__(record, name, enum(value))
         return self._values(record)[:-2]
 
@@ -685,7 +692,7 @@ class _Codec(Generic[R]):
         self.check(record)
         try:
             text = _encode_json(self.to_json(record))
-            if not self._ours and self._values(self.decode(text.encode())) != self._values(record):
+            if not self._ours and _encode_json(self.to_json(self.decode(text.encode()))) != text:
                 raise ValueError("its constructor changes it")
         except (ValueError, TypeError, RecursionError):  # an int of over 4,300 digits, for one
             raise InvalidRecordError(f"{self.name} holds what would not be read back as it is") from None
@@ -1038,9 +1045,9 @@ def _check_table(query: Callable[..., list[tuple[Any, ...]]], path: str, table: 
         (b"index", f"{table}_status_at".encode(), _CREATE_INDEX.format(table).encode()),
     }
     found = query(
-        "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL AND (lower(tbl_name) = ?1 OR lower(name) = ?1"
-        " OR name = ?2 OR (type IN ('trigger', 'view') AND instr(lower(sql), ?1)))",
-        (table, f"{table}_status_at"),
+        "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL AND (lower(tbl_name) = ? OR lower(name) = ?"
+        " OR name = ? OR (type IN ('trigger', 'view') AND instr(lower(sql), ?)))",
+        (table, table, f"{table}_status_at", table),
     )
     if found and set(found) != wanted:
         what = b" ".join(sorted(wanted.symmetric_difference(found))[0][:2]).decode(errors="replace")
@@ -1179,13 +1186,12 @@ class _Lease:
     KeyboardInterrupt cannot split: a lease whose holder was interrupted anywhere ends by itself, and no lock is lost.
     """
 
-    __slots__ = ("alive", "began", "blocks", "connection", "deadline", "thread", "token", "working", "writes")
+    __slots__ = ("alive", "blocks", "connection", "deadline", "thread", "token", "working", "writes")
 
     def __init__(self, timeout: float, *, writes: bool) -> None:
         self.alive = threading.Lock()
         self.thread = threading.get_ident()
-        self.began = time.monotonic()
-        self.deadline = self.began + timeout
+        self.deadline = time.monotonic() + timeout
         self.writes = writes
         self.working = False  # its turn has come: it may be using a connection
         self.connection: _Connection | None = None
@@ -1221,6 +1227,8 @@ class _Block:
         generator = self.generator
         try:
             return next(generator)
+        except StopIteration:
+            raise ConflictError("this block has been used: call transaction() for each") from None
         except BaseException:
             generator.close()
             raise
@@ -1238,7 +1246,8 @@ def _leave_block(block: Any, kind: object, error: BaseException | None, tracebac
     try:
         generator.throw(error)
     except BaseException as raised:
-        if raised is not error:
+        # a StopIteration that passes through a generator comes out as the cause of a RuntimeError
+        if raised is not error and raised.__cause__ is not error:
             raise
     return False
 
@@ -1311,6 +1320,8 @@ class _Store:
 
     def _connect_writer(self) -> _Connection:
         """Return the writer connection, opened when needed; the file must still be the one that was opened first."""
+        if self.read_only:
+            raise StorageError(f"{self.path} was opened read-only")
         if self._writer is None:
             connection = self._connect("rw")
             try:
@@ -1398,9 +1409,8 @@ class _Store:
             )
 
     def _is_paused(self) -> bool:
-        """Whether new work has to wait for a fork or close(); not that of a thread in the midst of some, or both would."""
-        closing = self._closing is not None and self._closing.alive.locked()
-        return (closing or _fork_is_coming.locked()) and not _is_at_work()
+        """Whether new work has to wait for a fork or for close()."""
+        return _fork_is_coming.locked() or (self._closing is not None and self._closing.alive.locked())
 
     def _wait_for_turn(self, lease: _Lease) -> None:
         """Stand in the queue until the writer is free; raise BusyError after `timeout` seconds."""
@@ -1408,28 +1418,34 @@ class _Store:
         self._refuse_other_block()
         with self._mutex:
             self._queue.append(lease)
+        works = False
         while True:
             with self._mutex:
                 self._refuse_if_closed()
                 while not self._queue[0].alive.locked():
                     self._queue.popleft()
-                if self._queue[0] is lease and not self._is_paused():
+                if self._queue[0] is lease and (works or not self._is_paused()):
                     lease.working = True
                     return
                 place = self._queue.index(lease)
+            works = _is_at_work()  # asked while no mutex is held, for it takes that of every database
             if time.monotonic() >= lease.deadline:
                 raise BusyError(f"{self.path} was in use by other threads for {self.timeout:g} s; try again")
-            time.sleep(0.0002 * max(1, place))
+            time.sleep(0.0001 * max(1, place))
 
     def _check_out(self, lease: _Lease) -> _Connection:
         """Give a reader connection of its own to a lease."""
+        works = False
         while True:
             with self._mutex:
                 self._refuse_if_closed()
-                if not self._is_paused():
+                if works or not self._is_paused():
                     lease.working = True
                     lease.connection = self._free_reader(lease)
                     break
+            works = (
+                _is_at_work()
+            )  # a thread in the midst of work goes on, or it and what waits for it never would
             if time.monotonic() >= lease.deadline:
                 raise BusyError(f"{self.path}: a fork or close() took {self.timeout:g} s; try again")
             time.sleep(0.0005)
@@ -1510,7 +1526,7 @@ class _Store:
         lease = _Lease(self.timeout, writes=True)
         with lease.alive:
             self._wait_for_turn(lease)
-            connection = self._connect_writer()
+            connection, began = self._connect_writer(), time.monotonic()
             try:
                 self._begin(lease, connection)
                 yield lease
@@ -1527,10 +1543,8 @@ class _Store:
                     _size(self.path + "-wal") > _WAL_LIMIT
                 ):  # steady readers kept SQLite from beginning it anew
                     connection.query("PRAGMA wal_checkpoint(TRUNCATE)")
-            if (
-                time.monotonic() - lease.began > 0.01
-            ):  # a long block, or a long wait: let other processes at the lock
-                time.sleep(_LET_IN)
+            if time.monotonic() - began > 0.01:
+                time.sleep(_LET_IN)  # after a long block, so that other processes get at the lock
 
     def _begin(self, lease: _Lease, connection: _Connection) -> None:
         connection.rollback()  # an interrupted holder's
@@ -1660,7 +1674,7 @@ class _Store:
                 with self._mutex:
                     if self._closed:
                         return
-                    if not self._leases():
+                    if not any(lease.working for lease in self._leases()):  # those that wait are refused
                         self._closed = "was closed: open it again with OperatorDb(path)"
                         self._close_connections()
                         return
@@ -1678,8 +1692,8 @@ class _Store:
             working = {lease.thread for lease in self._leases() if lease.working}
             if not working:
                 self._close_connections()
-            # a block of this very thread stays open: see after_fork_in_child
-            return working <= {threading.get_ident()}
+            # the block of a thread that is itself forking stays open: see after_fork_in_child
+            return working <= _forking
 
     def is_at_work(self, thread: int) -> bool:
         """Whether a thread is in the midst of a piece of work."""
@@ -1701,6 +1715,7 @@ class _Store:
 _stores: weakref.WeakSet[_Store] = weakref.WeakSet()
 _stores_lock = threading.RLock()
 _fork_is_coming = threading.Lock()
+_forking: set[int] = set()  # the threads that are forking or wait for their turn to
 _inherited: set[tuple[int, int]] = set()  # files that this process inherited an open connection to
 
 
@@ -1726,13 +1741,17 @@ def _never_close(connections: list[_Connection]) -> None:
 
 
 def _before_fork() -> None:
-    _fork_is_coming.acquire()
-    started = time.monotonic()
-    while True:
-        busy = [store for store in _all_stores() if not store.close_before_fork()]
-        if not any(time.monotonic() < started + store.timeout for store in busy):
-            return
-        time.sleep(0.0005)
+    _forking.add(threading.get_ident())
+    try:
+        _fork_is_coming.acquire()
+        started = time.monotonic()
+        while True:
+            busy = [store for store in _all_stores() if not store.close_before_fork()]
+            if not any(time.monotonic() < started + store.timeout for store in busy):
+                return
+            time.sleep(0.0005)
+    finally:
+        _forking.discard(threading.get_ident())
 
 
 def _after_fork_in_child() -> None:
@@ -1767,7 +1786,7 @@ _COUNT = 'SELECT count(*) FROM "{0}"'
 _COUNT_STATUS = 'SELECT count(*) FROM "{0}" WHERE status IS ?'
 # `CAST(? AS TEXT)`, because text comes back as bytes: damaged text is then still found by what it is
 # `+status`, so that the walk stays in key order and each batch takes up where the last one ended; text sorts before x''
-_WALK_FROM = " FROM \"{0}\" WHERE key > CAST(?1 AS TEXT) AND key < x'' AND (?2 IS NULL OR +status = ?2) ORDER BY key LIMIT 1000"
+_WALK_FROM = " FROM \"{0}\" WHERE key > CAST(? AS TEXT) AND key < x'' AND (? IS NULL OR +status = ?) ORDER BY key LIMIT 1000"
 _WALK = "SELECT key, value, status, at, crc" + _WALK_FROM
 _WALK_KEYS = "SELECT key" + _WALK_FROM
 # a key that is no text is none of ours, though it may look the same as bytes
@@ -1914,6 +1933,14 @@ class Namespace(Generic[R]):
         with self._store.transaction():
             self._on_delete(record_id)
             return self._store.write(_DELETE.format(self.name), (key,)) > 0
+
+    def salvage(self, record_id: str) -> R | None:
+        """Return the record that the value alone holds, whatever the columns beside it say; None when it holds none."""
+        for _, value, _, _, crc in self._store.read(self._get, (self._prefix + _check_id(record_id),)):
+            with suppress(ValueError, TypeError):
+                if crc32(value) == crc:
+                    return self._codec.decode(value)
+        return None
 
     # ---- many records
 
@@ -2080,13 +2107,21 @@ class Namespace(Generic[R]):
 
     def _row(self, record: R) -> tuple[str, str, str | None, int | None, int]:
         value = self._codec.encode(record)
-        at = self._at(record) if self._at else None
+        try:
+            at = self._at(record) if self._at else None
+            status = self._status(record) if self._status else None
+            key = self._prefix + _check_id(self._key(record))
+        except InvalidRecordError:
+            raise
+        except Exception as error:  # of an operator's own property
+            raise InvalidRecordError(
+                f"{self.name}: {type(error).__name__} from a property of the record"
+            ) from None
         if at is not None and not (type(at) is int and -(2**63) <= at < 2**63):
             raise InvalidRecordError(
                 f"{self.name}: its age must be counted from Unix seconds; got {_short(at)}"
             )
-        status = _status_text(self._status(record)) if self._status else None
-        return self._prefix + _check_id(self._key(record)), value, status, at, crc32(value.encode())
+        return key, value, _status_text(status), at, crc32(value.encode())
 
     def _record(self, row: tuple[Any, ...]) -> R:
         key, value, status, at, crc = row[:5]
@@ -2115,7 +2150,9 @@ class Namespace(Generic[R]):
         wanted, last = _status_text(status), b""
         while True:
             try:
-                rows = self._store.read(sql.format(self.name), (last, wanted), most_bytes=_BATCH_BYTES)
+                rows = self._store.read(
+                    sql.format(self.name), (last, wanted, wanted), most_bytes=_BATCH_BYTES
+                )
             except DamagedError as error:
                 raise DamagedError(
                     f"{self.name}, after {_short(last.decode(errors='replace'))}: {error}"
@@ -2398,16 +2435,20 @@ class OperatorDb:
         History only grows. The given task is brought up to date in place, even if a block is undone later: its history
         begins with what was stored (if that can be read) and ends with its status, and the first completion is stamped.
         """
+        _codec(TaskRecord).check(task)
+        given, completed_at = len(task.history), task.completed_at
         self._settle(task)
         if not self._tasks.put(task, if_absent=True):
             with self.transaction():
+                del task.history[given:]
+                task.completed_at = completed_at
                 with suppress(DamagedError):  # a damaged record can be overwritten
                     self._settle(task, self._tasks.get(task.task_id))
+                self._settle(task)
                 self._tasks.put(task)
 
     @staticmethod
     def _settle(task: TaskRecord, stored: TaskRecord | None = None) -> None:
-        _codec(TaskRecord).check(task)
         if stored is not None:
             if task.history[: len(stored.history)] != stored.history:
                 later = [change for change in task.history if change not in stored.history]
@@ -2661,14 +2702,15 @@ class OperatorDb:
                 return True
             try:
                 stored = self._proofs.get(log.task_id)
-            except DamagedError:  # what cannot be read is no evidence
-                return self._proofs.put(log)
+            except DamagedError:
+                stored = self._proofs.salvage(log.task_id)
+                self._proofs.put(stored or log)  # what cannot be read is no evidence
             if stored is not None and stored.evidence_hash != log.evidence_hash:
                 raise ConflictError(
                     f"proofs:{_short(log.task_id)} holds other evidence ({stored.evidence_hash}) than was given"
                     f" ({log.evidence_hash}); a proof is never overwritten"
                 )
-            return False
+            return stored is None
 
     def get_proof(self, task_id: str) -> VerificationLog | None:
         """Return the proof of a task, its evidence hash verified, or None."""
@@ -2685,8 +2727,8 @@ class OperatorDb:
     def delete_proof(self, task_id: str) -> bool:
         """Remove the proof of a task; return whether there was one.
 
-        Raises ConflictError while it is not submitted, or its task is there and neither completed nor resolved. A damaged
-        proof can always be deleted.
+        Raises ConflictError while it is not submitted, or its task is there and neither completed nor resolved. One that
+        cannot be read can always be deleted.
         """
         with self.transaction():
             if self._proof_is_needed(task_id):
@@ -2697,7 +2739,7 @@ class OperatorDb:
 
     def _proof_is_needed(self, task_id: str) -> bool:
         try:
-            log = self._proofs.get(task_id)
+            log = self._proofs.salvage(task_id)
         except (DamagedError, InvalidRecordError):  # it can only be deleted
             return False
         return log is not None and (not log.submitted or self._task_is_unsettled(task_id))

@@ -579,6 +579,17 @@ class WhatWouldNotBeReadBackIsNotStored(Scratch):
                 devices.put(record)
             self.assertNotIn("5ecret", str(caught.exception))
 
+    def test_a_secret_of_a_record_within_is_not_shown_either(self) -> None:
+        Token = dataclasses.make_dataclass("Token", [("value", str, field(metadata={"secret": True}))])
+        Device = dataclasses.make_dataclass(
+            "Device", [("name", str), ("token", Token), ("more", list[Token])]
+        )  # type: ignore[valid-type]
+        devices: Any = self.open().namespace("devices", Device, key="name")
+        for record in (Device("a", {"value": "5ecret"}, []), Device("a", Token("x"), ["5ecret"])):
+            with self.assertRaises(InvalidRecordError) as caught:
+                devices.put(record)
+            self.assertNotIn("5ecret", str(caught.exception))
+
     def test_an_empty_status_and_reserved_words_as_names_are_fine(self) -> None:
         db = self.open()
         for name in ("order", "index", "values", "table", "transaction"):
@@ -717,6 +728,19 @@ class RowsOfAnotherProgram(Scratch):
         self.assertTrue(self.db.delete_proof("p"))
         self.assertEqual(self.db.check(), [])
 
+    def test_a_proof_that_is_whole_beside_damaged_columns_is_still_a_proof(self) -> None:
+        proof = VerificationLog(task_id="p", outputs=b"x")
+        self.db.store_proof(proof)
+        self.sql("UPDATE proofs SET at = at + 1")
+        with self.assertRaises(ConflictError):
+            self.db.delete_proof("p")
+        with self.assertRaises(ConflictError):
+            self.db.store_proof(VerificationLog(task_id="p", outputs=b"other"))
+        with self.assertRaises(DamagedError):
+            self.db.get_proof("p")
+        self.assertFalse(self.db.store_proof(dataclasses.replace(proof, timestamp=9)))
+        self.assertEqual(self.db.get_proof("p"), proof)
+
     def test_a_changed_proof_with_a_right_checksum_does_not_match_its_evidence_hash(self) -> None:
         self.db.store_proof(VerificationLog(task_id="p", outputs=b"x"))
         with self.raw() as raw:
@@ -821,7 +845,9 @@ class AStatusQuery(Scratch):
                 self.assertNotIn("TEMP B-TREE", plan)
             plan = " ".join(
                 r[3]
-                for r in raw.execute("EXPLAIN QUERY PLAN " + operator_db._WALK.format("tasks"), ("", None))
+                for r in raw.execute(
+                    "EXPLAIN QUERY PLAN " + operator_db._WALK.format("tasks"), ("", None, None)
+                )
             )
             self.assertIn("(key>? AND key<?)", plan)
 
@@ -933,9 +959,18 @@ class ATask(Scratch):
         assert stored is not None
         self.assertEqual((stored, stored.description, stored.status), (fresh, "new", "resolved"))
         self.assertEqual([c.signature for c in stored.history], ["s0", "s1", "s2"])
-        stored.status = TaskStatus.DISPUTED
+        db.update_task_status("t", "disputed", at=8)
+        moved = dataclasses.replace(stored, status=TaskStatus.DISPUTED, history=list(stored.history))
+        db.store_task(moved)
+        self.assertEqual(
+            [(c.status, c.at) for c in moved.history][3:], [("disputed", 8)], "a move that was made once"
+        )
+        stored = moved
+        stored.status = TaskStatus.RESOLVED
         db.store_task(stored)
-        self.assertEqual([c.status for c in stored.history], ["claimed", "disputed", "resolved", "disputed"])
+        self.assertEqual(
+            [c.status for c in stored.history], ["claimed", "disputed", "resolved", "disputed", "resolved"]
+        )
         for _ in range(3):
             db.store_task(stored)
         self.assertEqual(db.get_task("t"), stored)
@@ -1677,6 +1712,16 @@ class ReadOnly(Scratch):
             (os.listdir(self.directory), Path(self.path).read_bytes()), (["operator.db"], before)
         )
 
+    def test_cannot_prune_and_does_not_touch_the_file_in_trying(self) -> None:
+        writer = self.open()
+        for number in range(20):
+            writer.store_task(TaskRecord(task_id=str(number), status=TaskStatus.COMPLETED, claimed_at=0))
+        reader = self.open(read_only=True)
+        before = [Path(self.path + suffix).read_bytes() for suffix in ("", "-wal")]
+        with self.assertRaises(StorageError):
+            reader.prune()
+        self.assertEqual([Path(self.path + suffix).read_bytes() for suffix in ("", "-wal")], before)
+
     def test_never_creates_a_database(self) -> None:
         with self.assertRaises(StorageError) as caught:
             OperatorDb(self.path, read_only=True)
@@ -1829,6 +1874,35 @@ class Closing(Scratch):
         worker.join()
         self.assertIsNotNone(db.get_task("t"))
         db.close()
+
+    def test_refuses_the_writers_that_wait_and_is_not_held_up_by_them(self) -> None:
+        db = self.open(timeout=10)
+        inside, leave, refused = threading.Event(), threading.Event(), []
+
+        def hold() -> None:
+            with db.transaction():
+                inside.set()
+                leave.wait(10)
+
+        def wait() -> None:
+            try:
+                db.store_task(TaskRecord(task_id="t"))
+            except ClosedError as error:
+                refused.append(error)
+
+        threads = [threading.Thread(target=hold), threading.Thread(target=wait)]
+        threads[0].start()
+        inside.wait(10)
+        threads[1].start()
+        while len(db._store._queue) < 2:
+            time.sleep(0.001)
+        started = time.monotonic()
+        threading.Timer(0.1, leave.set).start()
+        db.close()
+        for thread in threads:
+            thread.join()
+        self.assertLess(time.monotonic() - started, 5)
+        self.assertEqual(len(refused), 1)
 
     def test_leaves_the_database_alone_in_its_directory(self) -> None:
         with OperatorDb(self.path) as db:
@@ -2000,6 +2074,94 @@ class Blocks(Scratch):
                 os._exit(0 if db.get_task("t") else 1)
             os._exit(2)
         self.assertEqual(os.waitpid(child, 0)[1], 0)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
+    def test_of_many_threads_on_two_databases_never_deadlock_with_forks(self) -> None:
+        program = (
+            "import faulthandler, os, sys, threading, time, operator_db as o\n"
+            "dbs = [o.OperatorDb(sys.argv[1] + n, timeout=10) for n in 'ab']; stop = threading.Event()\n"
+            "def read(db):\n"
+            "    while not stop.is_set(): db.get_task('t')\n"
+            "threads = [threading.Thread(target=read, args=(db,)) for db in dbs for _ in range(4)]\n"
+            "for t in threads: t.start()\n"
+            "end = time.monotonic() + 1\n"
+            "while time.monotonic() < end:\n"
+            "    pid = os.fork()\n"
+            "    if pid == 0: os._exit(0 if dbs[0].get_task('t') is None else 1)\n"
+            "    assert os.waitpid(pid, 0)[1] == 0\n"
+            "stop.set()\n"
+            "for t in threads: t.join()\n"
+            "print('ok')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program, self.path],
+            capture_output=True,
+            text=True,
+            timeout=40,
+            check=False,
+        )
+        self.assertEqual((done.stdout, done.stderr), ("ok\n", ""))
+
+    @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
+    def test_of_two_threads_that_fork_at_once_wait_for_nobody(self) -> None:
+        db = self.open(timeout=10)
+        inside, started = threading.Event(), time.monotonic()
+
+        def child_ends() -> None:
+            child = os.fork()
+            if child == 0:
+                os._exit(0)
+            os.waitpid(child, 0)
+
+        def work() -> None:
+            with db.transaction():
+                inside.set()
+                deadline = time.monotonic() + 5
+                while not operator_db._fork_is_coming.locked() and time.monotonic() < deadline:
+                    time.sleep(0.001)
+                child_ends()
+                db.store_task(TaskRecord(task_id="t"))
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        inside.wait(10)
+        child_ends()
+        worker.join()
+        self.assertIsNotNone(db.get_task("t"))
+        self.assertLess(time.monotonic() - started, 5)
+
+    def test_let_a_stop_iteration_through_and_are_used_once(self) -> None:
+        db = self.open()
+        with self.assertRaises(StopIteration), db.transaction(), db.transaction():
+            next(iter([]))
+        block = db.transaction()
+        with block:
+            db.store_task(TaskRecord(task_id="t"))
+        with self.assertRaises(ConflictError), block:
+            pass
+
+    def test_committed_are_not_denied_for_a_checkpoint_that_fails(self) -> None:
+        db = self.open()
+        with (
+            mock.patch("operator_db._WAL_LIMIT", -1),
+            mock.patch("operator_db._size", side_effect=StorageError("full")),
+        ):
+            db.store_task(TaskRecord(task_id="t"))
+        self.assertIsNotNone(db.get_task("t"))
+
+    def test_of_many_writers_take_turns_without_sleeping_for_each_other(self) -> None:
+        db = self.open()
+        slept: list[float] = []
+        with (
+            mock.patch("operator_db._LET_IN", 0.02),
+            mock.patch.object(
+                operator_db.time,
+                "sleep",
+                lambda seconds, sleep=time.sleep: (slept.append(seconds), sleep(seconds)),
+            ),
+        ):
+            in_threads(*[lambda: [db.append_command("s", "x") for _ in range(10)]] * 8)
+        self.assertLess(slept.count(0.02), 20)
 
 
 class Errors(unittest.TestCase):
