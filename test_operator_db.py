@@ -3150,8 +3150,8 @@ class Damaged(FaultCase):
     def test_rows_of_another_program_are_refused_by_key_and_can_be_deleted_or_overwritten(self) -> None:
         stored = self.fill()
         value, crc = (
-            "UPDATE tasks SET value = ?1, crc = ?2 WHERE key = ?3",
-            "UPDATE tasks SET crc = ?2 WHERE key = ?3",
+            "UPDATE tasks SET value = CAST(:value AS TEXT), crc = :crc WHERE key = :key",
+            "UPDATE tasks SET crc = :crc WHERE key = :key",
         )
         rows = {
             "t0": (value, "not JSON"),
@@ -3159,7 +3159,7 @@ class Damaged(FaultCase):
             "t2": (value, '{"task_id":"t2","reward_lamports":-1}'),
             "t3": (value, '{"task_id":"other"}'),
             "t4": (value, "[" * 100_000),
-            "t5": ("UPDATE tasks SET status = 'completed', value = value || ?1 || ?2 || ?3 WHERE 0", ""),
+            "t5": ("UPDATE tasks SET status = 'completed', value = '' WHERE 0", ""),
             "t6": (value, b'{"task_id":"t6"}\xff'),
             "t7": (value, '{"task_id":"t7","payload":"***"}'),
             "t8": (value, '{"task_id":"t8","claimed_at":NaN}'),
@@ -3170,9 +3170,7 @@ class Damaged(FaultCase):
         with closing(sqlite3.connect(self.path)) as raw, raw:
             for key, (sql, text) in rows.items():
                 blob = text if isinstance(text, bytes) else text.encode()
-                raw.execute(
-                    sql.replace("value = ?1", "value = CAST(?1 AS TEXT)"), (blob, crc32(blob), "tasks:" + key)
-                )
+                raw.execute(sql, {"value": blob, "crc": crc32(blob), "key": "tasks:" + key})
             raw.execute("UPDATE tasks SET status = 'resolved' WHERE key = 'tasks:t5'")
             raw.execute("UPDATE tasks SET at = 12345 WHERE key = 'tasks:t12'")
             raw.execute("UPDATE tasks SET status = x'00' WHERE key = 'tasks:t13'")
