@@ -448,6 +448,13 @@ class ANamespaceOfTheOperatorsOwn(Scratch):
         slotted.put(Slotted("a"))
         self.assertEqual(slotted.get("a"), Slotted("a"))
 
+    def test_takes_no_bool_for_an_int_and_no_int_for_a_bool(self) -> None:
+        Sized = dataclasses.make_dataclass("Sized", [("name", str), ("size", int), ("full", bool)])
+        sized: Any = self.open().namespace("sized", Sized, key="name")
+        for size, full in ((True, False), (1, 1), (1, 0), (1.0, True)):
+            with self.assertRaises(InvalidRecordError):
+                sized.put(Sized("a", size, full))
+
     def test_is_refused_when_its_name_or_type_will_not_do(self) -> None:
         db = self.open()
         names = [
@@ -2381,6 +2388,7 @@ class Forked:
         if self.pid == 0:
             os.close(reader)
             self.alive.clear()
+            sys.settrace(None)  # a measurement of coverage slows the child down and is not collected from it
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(int(seconds))
 
