@@ -301,9 +301,8 @@ class VerificationLog(_Checked):
             object.__setattr__(self, "proof_hash", outputs_hash)
         if self.result_data is _ABSENT:
             object.__setattr__(self, "result_data", outputs_hash.encode())
-        object.__setattr__(
-            self, "evidence_hash", "1" * 64
-        )  # a stand-in until the fields that it covers are checked
+        # a stand-in, until the fields that it covers are checked
+        object.__setattr__(self, "evidence_hash", "1" * 64)
         super().__post_init__()
         object.__setattr__(self, "evidence_hash", sha256(_evidence(self)).hexdigest())
         if self.submission_signature is not None and not self.submitted:
@@ -1206,9 +1205,7 @@ class _Leave:
         if block is None:  # contextlib.ExitStack looks methods up on the class
             return lambda block, *error: _leave_block(weakref.ref(block.generator), *error)
         leave: Any = partial(_leave_block, weakref.ref(block.generator))
-        leave.generator = (
-            block.generator
-        )  # the one strong reference, which goes when the with statement is left
+        leave.generator = block.generator  # the one strong reference: it goes when the statement is left
         return leave
 
 
@@ -1237,9 +1234,8 @@ class _Block:
 
 
 def _leave_block(block: Any, kind: object, error: BaseException | None, traceback: object) -> bool:
-    generator = (
-        block()
-    )  # nothing that an interrupt can split stands between this reference and the block's end
+    # Nothing that an interrupt can split stands between this strong reference and the block's end.
+    generator = block()
     if error is None:
         next(generator, None)
         return False
@@ -1366,10 +1362,7 @@ class _Store:
         # A token resets only in the context that made it: the one way to ask whether this is that context.
         try:
             self._current.reset(lease.token)
-        except (
-            ValueError,
-            RuntimeError,
-        ):  # another context's token: this is a task or worker begun inside the block
+        except (ValueError, RuntimeError):  # another context's: that of a task or worker begun in the block
             return None
         except BaseException:  # KeyboardInterrupt, when it was reset
             lease.token = self._current.set(lease)
@@ -1428,7 +1421,8 @@ class _Store:
                     lease.working = True
                     return
                 place = self._queue.index(lease)
-            works = _is_at_work()  # asked while no mutex is held, for it takes that of every database
+            # asked while no mutex is held, for it takes that of every database
+            works = self._is_paused() and _is_at_work()
             if time.monotonic() >= lease.deadline:
                 raise BusyError(f"{self.path} was in use by other threads for {self.timeout:g} s; try again")
             time.sleep(0.0001 * max(1, place))
@@ -1443,9 +1437,7 @@ class _Store:
                     lease.working = True
                     lease.connection = self._free_reader(lease)
                     break
-            works = (
-                _is_at_work()
-            )  # a thread in the midst of work goes on, or it and what waits for it never would
+            works = _is_at_work()  # such a thread goes on, or it and what waits for it never would
             if time.monotonic() >= lease.deadline:
                 raise BusyError(f"{self.path}: a fork or close() took {self.timeout:g} s; try again")
             time.sleep(0.0005)
@@ -1539,9 +1531,8 @@ class _Store:
                 raise
             self._check_file(": the last write is lost")
             with suppress(OperatorDbError):  # the block is committed, whatever comes of this
-                if (
-                    _size(self.path + "-wal") > _WAL_LIMIT
-                ):  # steady readers kept SQLite from beginning it anew
+                # steady readers keep SQLite from beginning the WAL anew
+                if _size(self.path + "-wal") > _WAL_LIMIT:
                     connection.query("PRAGMA wal_checkpoint(TRUNCATE)")
             if time.monotonic() - began > 0.01:
                 time.sleep(_LET_IN)  # after a long block, so that other processes get at the lock
@@ -1849,9 +1840,9 @@ def _age(row: tuple[Any, ...]) -> tuple[bool, int, int]:
 class Namespace(Generic[R]):
     """The records of one kind: a table that alone reads and writes its rows. Made by `OperatorDb.namespace`.
 
-    A record is found by its id, by its status through an index, and by its age. Every verb but `prune`, `problems` and the
-    walks is one transaction, or part of the `transaction()` block that it stands in, and raises DamagedError, which names the key, for a record that is not
-    what was written; `delete` and `put` still work on such a record.
+    A record is found by its id, by its status through an index, and by its age. Every verb but `prune`, `problems` and
+    the walks is one transaction, or part of the `transaction()` block that it stands in. For a record that is not what was
+    written it raises DamagedError, which names the key; `delete` and `put` still work on such a record.
     """
 
     def __init__(

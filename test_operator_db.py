@@ -103,9 +103,9 @@ class Scratch(unittest.TestCase):
         """The file as the standard library's sqlite3 sees it."""
         return closing(sqlite3.connect(path or self.path, isolation_level=None))
 
-    def python(self, program: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    def python(self, program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, "-W", "ignore", "-c", program, *arguments],
             capture_output=True,
             text=True,
             timeout=60,
@@ -2001,13 +2001,7 @@ class AnInterrupt(Scratch):
             "o._Store.close_before_fork = real\n"
             "db.store_task(o.TaskRecord(task_id='t')); o.OperatorDb(sys.argv[1] + '2'); print('ok')"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", program, self.path],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
+        done = self.python(program, self.path)
         self.assertEqual(done.stdout, "ok\n")
 
     def test_by_a_signal_handler_that_uses_the_database_never_deadlocks(self) -> None:
@@ -2021,13 +2015,7 @@ class AnInterrupt(Scratch):
             "    for _ in range(20): db.get_task('a')\n"
             "signal.setitimer(signal.ITIMER_REAL, 0); db.close(); print(len(seen) > 10)"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", program, self.path],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
+        done = self.python(program, self.path)
         self.assertEqual((done.stdout, done.stderr), ("True\n", ""))
 
 
@@ -2100,13 +2088,7 @@ class Blocks(Scratch):
             "for t in threads: t.join()\n"
             "print('ok')"
         )
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", program, self.path],
-            capture_output=True,
-            text=True,
-            timeout=40,
-            check=False,
-        )
+        done = self.python(program, self.path)
         self.assertEqual((done.stdout, done.stderr), ("ok\n", ""))
 
     @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
