@@ -15,7 +15,8 @@ that win disputes, and its configuration.
 A call that changes something returns after its change is committed; the class docstring of `OperatorDb` says what that
 survives, and what threads and processes may do. `python operator_db.py` tries the main promises on a scratch database.
 
-Contents: errors, records, codec, schema and opening, connections, namespace, evidence, OperatorDb, self-check.
+Contents: errors, records, codec, schema and opening, connections, namespace, evidence, metrics, OperatorDb, transfer,
+self-check, command line.
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import re
 import reprlib
 import sqlite3
 import stat
+import sys
 import threading
 import time
 import types
 import typing
 import weakref
 from binascii import a2b_base64, b2a_base64
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from bisect import bisect_left
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from contextvars import ContextVar, Token
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -41,9 +45,10 @@ from enum import Enum, StrEnum
 from functools import partial, wraps
 from hashlib import sha256
 from heapq import merge
-from itertools import islice
+from io import TextIOBase
+from itertools import accumulate, islice
 from operator import attrgetter
-from typing import Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
+from typing import IO, Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 from zlib import crc32
 
 __version__ = "1.0.0"
@@ -52,16 +57,19 @@ __all__ = [
     "ClosedError",
     "ConflictError",
     "DamagedError",
+    "DbStats",
     "ForeignFileError",
     "Id",
     "InvalidRecordError",
     "Lamports",
+    "Latency",
     "Namespace",
     "NewerSchemaError",
     "NotFoundError",
     "OperatorConfig",
     "OperatorDb",
     "OperatorDbError",
+    "Progress",
     "PruneReport",
     "SessionState",
     "StatusChange",
@@ -75,6 +83,9 @@ __all__ = [
 ]
 
 R = TypeVar("R")
+_Place = str | os.PathLike[str] | IO[Any]
+Progress = Callable[[int, int], object]
+"""What long work calls now and then: with how much is done, and of how much, 0 where that is not known."""
 
 
 # ======================================================================================================================
@@ -171,13 +182,11 @@ Lamports = Annotated[int, _Rule("an int from 0 to 2^64-1", lambda v: type(v) is 
 _Count = Annotated[
     int, _Rule("an int of 0 or more, within 64 bits", lambda v: type(v) is int and 0 <= v < 2**63)
 ]
-_Hash = Annotated[
-    str,
-    _Rule(
-        "64 lower-case hex digits, not all zero",
-        lambda v: type(v) is str and len(v) == 64 and {"0"} != set(v) <= set("0123456789abcdef"),
-    ),
-]
+_HASH = _Rule(
+    "64 lower-case hex digits, not all zero",
+    lambda v: type(v) is str and len(v) == 64 and {"0"} != set(v) <= set("0123456789abcdef"),
+)
+_Hash = Annotated[str, _HASH]
 _ResultData = Annotated[
     bytes, _Rule("64 bytes, not all zero", lambda v: type(v) is bytes and len(v) == 64 and any(v))
 ]
@@ -397,10 +406,71 @@ class PruneReport:
     dry_run: bool
 
 
+class Latency:
+    """How long one operation took in this process, in fixed memory: a histogram, the sum in seconds, the errors by name.
+
+    `buckets[i]` counts the calls that took at most `Latency.bounds[i]` seconds and longer than the bound before; the last
+    one counts those beyond every bound.
+    """
+
+    bounds: ClassVar[tuple[float, ...]] = (
+        *(digits * 10.0**power for power in range(-5, 1) for digits in (1, 2.5, 5)),
+        10.0,
+    )
+    __slots__ = ("buckets", "errors", "seconds")
+
+    def __init__(self) -> None:
+        self.buckets = [0] * (len(self.bounds) + 1)
+        self.seconds = 0.0
+        self.errors: defaultdict[str, int] = defaultdict(int)
+
+    def __repr__(self) -> str:
+        """Show count and sum."""
+        return f"Latency(count={self.count}, seconds={self.seconds:.6f})"
+
+    @property
+    def count(self) -> int:
+        """How many calls there were, those that raised among them."""
+        return sum(self.buckets)
+
+    def copy(self) -> Latency:
+        """Return what has been counted so far."""
+        made = Latency()
+        made.buckets, made.seconds, made.errors = self.buckets.copy(), self.seconds, self.errors.copy()
+        return made
+
+    def add(self, seconds: float) -> None:
+        """Count a call. It takes no lock: nothing can come between the halves of a `+=` that calls nothing, under the GIL."""
+        bucket = bisect_left(self.bounds, seconds)
+        self.buckets[bucket] += 1
+        self.seconds += seconds
+
+
+@dataclass(kw_only=True, frozen=True)
+class DbStats:
+    """What a database holds and what it takes, from one snapshot; sizes are in bytes.
+
+    `files` are the sizes of "database", "wal" and "shm"; `free` is what the database file could give back. `records` and
+    `bytes` are by namespace, `session_log` being the entries of all sessions. `operations` is what this process has done
+    with this object, by name: "store_task", or "devices.put" in a namespace of the operator's own.
+    """
+
+    path: str
+    schema_version: int
+    files: dict[str, int]
+    free: int
+    records: dict[str, int]
+    bytes: dict[str, int]
+    tasks: dict[TaskStatus, int]
+    unsubmitted_proofs: int
+    operations: dict[str, Latency]
+
+
 # ======================================================================================================================
 # Codec: any dataclass of these field types <-> one JSON document
 # ======================================================================================================================
 
+_REDACTED = "***"
 _DEEPEST = 100  # levels of nesting in a free-form field; json.loads gives up near 1,000
 
 
@@ -617,7 +687,7 @@ class _Codec(Generic[R]):
         for place, holds in unsure:
             if not self._holds_quietly(place, holds, values[place]):
                 name, shape = list(self.shapes.items())[place]
-                shown = "***" if name in self.secrets else _short(values[place])
+                shown = _REDACTED if name in self.secrets else _short(values[place])
                 raise InvalidRecordError(
                     f"{self.name}.{name} must be {shape.says}; got {types[place].__name__} {shown}"
                 )
@@ -686,6 +756,14 @@ class _Codec(Generic[R]):
                 raise ValueError(f"{self.name}.{name} is not what the other fields give")
         return record
 
+    def requires(self, names: list[str]) -> bool:
+        """Whether a record cannot be made without one of these fields."""
+        return any(name in self._required for name in names)
+
+    def redacted(self, document: dict[str, Any]) -> dict[str, Any]:
+        """Return a JSON object of a record with `***` for its secrets."""
+        return {name: _REDACTED if name in self.secrets else value for name, value in document.items()}
+
     def encode(self, record: R) -> str:
         """Check the record and return it as one JSON document."""
         self.check(record)
@@ -724,7 +802,7 @@ def _is_enum(hint: Any) -> bool:
 def _redacted_repr(record: Any) -> str:
     """Show a dataclass as its generated repr would, with `***` for every field whose metadata says secret."""
     parts = (
-        f"{f.name}={'***' if f.metadata.get('secret') else repr(getattr(record, f.name))}"
+        f"{f.name}={_REDACTED if f.metadata.get('secret') else repr(getattr(record, f.name))}"
         for f in fields(record)
         if f.repr
     )
@@ -746,6 +824,7 @@ _OUR_TABLES = ("tasks", "sessions", "session_log", "proofs", "config")
 _WAL_LIMIT = 16 * 2**20  # bytes that an idle write-ahead log is cut back to
 _BATCH_PAGES = 500  # given back to the file system at a time
 _LET_IN = 0.002  # seconds between the batches of long work: others look for the lock every millisecond
+_FIRST_READ = "SELECT 1 FROM sqlite_master LIMIT 1"  # BEGIN alone takes no snapshot
 _REDB_MAGIC = b"redb\x1a\n\xa9\r\n"
 
 
@@ -893,6 +972,16 @@ def _create_our_tables(connection: _Connection) -> None:
 
 _MIGRATIONS: tuple[Callable[[_Connection], None], ...] = (_create_our_tables,)
 """What takes a file from each schema version to the next, in order; the length is the version that this module writes."""
+
+
+def _is_namespace_name(name: object) -> bool:
+    """Whether a namespace of the operator's own can have this name: it stands in SQL, keys and labels as it is."""
+    return (
+        isinstance(name, str)
+        and re.fullmatch("[a-z][a-z0-9_]{0,47}", name) is not None
+        and name not in _OUR_TABLES
+        and not name.startswith("sqlite_")
+    )
 
 
 def _database_path(path: str | os.PathLike[str] | None) -> str:
@@ -1323,7 +1412,7 @@ class _Store:
             try:
                 if _pragma(connection, "journal_mode") != "wal":
                     raise ForeignFileError(f"{self.path} was taken out of WAL mode by another program")
-                connection.query("SELECT 1 FROM sqlite_master LIMIT 1")  # the first read makes the WAL
+                connection.query(_FIRST_READ)  # makes the WAL
                 with _file_errors(self.path + "-wal"):
                     self._wal = _identity(self.path + "-wal")
             except BaseException:
@@ -1618,7 +1707,7 @@ class _Store:
             for name, sql in rows
             if sql == _CREATE_TABLE.encode().replace(b"{0}", name)
         ]
-        return [name for name in names if name not in _OUR_TABLES]
+        return [name for name in names if _is_namespace_name(name)]
 
     def integrity_problems(self) -> Iterator[str]:
         """Find what SQLite itself finds wrong with the pages of the file."""
@@ -1632,6 +1721,86 @@ class _Store:
     def size(self) -> int:
         """Return the bytes that the database and its WAL take."""
         return _size(self.path) + _size(self.path + "-wal")
+
+    def free_bytes(self) -> int:
+        """Return the bytes of the pages that nothing uses."""
+        return int(self.read("PRAGMA freelist_count")[0][0] * self.read("PRAGMA page_size")[0][0])
+
+    def table_bytes(self) -> dict[str, int]:
+        """Return the bytes that each table takes with its indexes; empty where SQLite was built without dbstat."""
+        try:
+            rows = self.read(
+                "SELECT tbl_name, sum(pgsize) FROM dbstat JOIN sqlite_master USING (name)"
+                " WHERE aggregate = TRUE GROUP BY tbl_name"
+            )
+        except StorageError:  # no such table
+            return {}
+        return {table.decode(errors="replace"): size for table, size in rows}
+
+    def copy_to(self, path: str, progress: Progress | None) -> None:
+        """Copy one state of the database into an empty file, while others read and write."""
+        self._refuse_own_block("backup()")
+        with self.snapshot(), closing(_connect(path, self.timeout)) as target:
+            self.read(_FIRST_READ)
+            self._copy(cast(_Lease, self._mine()).connection, target, progress)
+
+    def copy_from(self, source: _Store, progress: Progress | None) -> None:
+        """Replace everything by one state of another database, as one transaction; on any error, nothing is changed.
+
+        Through SQLite, never by moving files: replacing a database while its WAL exists corrupts it.
+        """
+        self._refuse_own_block("restore()")
+        lease = _Lease(self.timeout, writes=True)
+        with source.snapshot(), lease.alive:
+            source.read(_FIRST_READ)
+            if source.read("PRAGMA page_size") != self.read("PRAGMA page_size"):
+                raise StorageError(
+                    f"{source.path} has pages of another size: export it, and import that here"
+                )
+            self._wait_for_turn(lease)
+            connection = self._connect_writer()
+            self._copy(cast(_Lease, source._mine()).connection, connection, progress)
+            self._check_file(": what was restored is lost")
+        self.checkpoint()
+
+    def _copy(self, source: _Connection | None, target: _Connection, progress: Progress | None) -> None:
+        """Copy all pages. A read transaction must be held on the source, else its writers make this begin anew for ever."""
+        deadline = time.monotonic() + self.timeout
+
+        def watch(code: int, remaining: int, pages: int) -> None:
+            nonlocal deadline
+            if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                deadline = time.monotonic() + self.timeout
+            elif time.monotonic() >= deadline:  # SQLite itself would wait for ever
+                raise BusyError(
+                    f"{target.path} was locked by another process for {self.timeout:g} s; try again"
+                )
+            if progress is not None:
+                progress(pages - remaining, pages)
+
+        if source is not None:
+            target.attempt(partial(source.backup, target, pages=_BATCH_PAGES, progress=watch, sleep=0.001))
+
+    def vacuum(self) -> None:
+        """Rebuild the file without gaps, as one transaction."""
+        self._refuse_own_block("compact()")
+        lease = _Lease(self.timeout, writes=True)
+        with lease.alive:
+            self._wait_for_turn(lease)
+            self._connect_writer().query("VACUUM")
+            self._check_file()
+        self.checkpoint()
+
+    def _refuse_own_block(self, what: str) -> None:
+        if self._mine() is not None:
+            raise ConflictError(f"{what} inside a transaction: call it outside of the block")
+
+    def is_open_at(self, path: str) -> bool:
+        """Whether a path leads to the file that is open here."""
+        try:
+            return _identity(path) == self._opened
+        except OSError:
+            return False
 
     # ---- closing and fork
 
@@ -1980,6 +2149,19 @@ class Namespace(Generic[R]):
         for row in self._walk(_WALK, status):
             yield self._id(row[0]), self._record(row)
 
+    def lines(self, *, secrets: bool) -> Iterator[str]:
+        """Walk the records as lines of an export: with id, status and age beside them where no upstream schema gives those."""
+        for row in self._walk(_WALK, None):
+            self._record(row)  # proves it whole
+            record = row[1].decode()
+            if self._codec.secrets and not secrets:
+                record = _encode_json(self._codec.redacted(json.loads(record)))
+            columns = ""
+            if self.name not in _OUR_TABLES:
+                status = None if row[2] is None else row[2].decode()
+                columns = f',"key":{_encode_json(self._id(row[0]))},"status":{_encode_json(status)},"at":{_encode_json(row[3])}'
+            yield f'{{"namespace":"{self.name}"{columns},"record":{record}}}\n'
+
     def prune(
         self,
         days: float,
@@ -1987,6 +2169,7 @@ class Namespace(Generic[R]):
         status: Any = None,
         keep: Callable[[str], bool] | None = None,
         dry_run: bool = False,
+        progress: Progress | None = None,
     ) -> int:
         """Remove the records older than `days`, of one status if given, but those whose id `keep` wants; return how many.
 
@@ -1997,13 +2180,20 @@ class Namespace(Generic[R]):
             raise InvalidRecordError(f"{self.name} has no age: it was made without at=")
         before = _now() - int(days * 86400)
         statuses = self._statuses() if status is None else [_status_text(status)]
-        return sum(self._prune_status(each, before, keep or (lambda _: False), dry_run) for each in statuses)
+        removed = 0
+        for each in statuses:
+            for batch in self._prune_status(each, before, keep or (lambda _: False), dry_run):
+                removed += batch
+                if progress is not None:
+                    progress(removed, 0)
+        return removed
 
     def _prune_status(
         self, status: str | bytes | None, before: int, keep: Callable[[str], bool], dry_run: bool
-    ) -> int:
-        place, removed = (-(2**63), 0), 0
+    ) -> Iterator[int]:
+        place = (-(2**63), 0)
         while True:
+            removed = 0
             with self._store.snapshot() if dry_run else self._store.transaction():
                 rows = self._store.read(
                     _EXPIRED.format(self.name), (status, before, *place), most_bytes=_BATCH_BYTES
@@ -2017,7 +2207,8 @@ class Namespace(Generic[R]):
                     if time.monotonic() > deadline:
                         break
             if not rows:
-                return removed
+                return
+            yield removed
             time.sleep(_LET_IN)
 
     def clear(self, status: Any) -> int:
@@ -2035,9 +2226,13 @@ class Namespace(Generic[R]):
             raise DamagedError(f"{self.name} holds a status that is no text: run check()")
         return [*(status for status, _ in rows if status is not None), None]
 
+    def id_of(self, record: R) -> str:
+        """Return the id of a record."""
+        return cast(str, self._key(record))
+
     # ---- what is wrong
 
-    def problems(self) -> Iterator[str]:
+    def problems(self, progress: Progress | None = None) -> Iterator[str]:
         """Find every record that cannot be read back, by its key; goes on to the end."""
         try:
             for row in self._store.read(_ODD_ROWS.format(self.name)):
@@ -2046,7 +2241,9 @@ class Namespace(Generic[R]):
         except DamagedError as error:
             yield f"{self.name}: {error}"
         try:
-            for row in self._walk(_WALK_KEYS, None):
+            for done, row in enumerate(self._walk(_WALK_KEYS, None), 1):
+                if progress is not None:
+                    progress(done, 0)
                 try:
                     found = self._store.read(self._get, (row[0],))
                     if found:
@@ -2177,6 +2374,11 @@ class _PlainNamespace(Namespace[Any]):
                 f"{_short(row[0].decode(errors='replace'))} is damaged: it is not what was written"
             ) from None
 
+    def put_plain(self, record_id: str, status: str | None, at: int | None, document: dict[str, Any]) -> None:
+        """Store a JSON object with the columns that the operator's code took from it."""
+        text = _encode_json(document)
+        self._store.write(self._put_over, (self._prefix + record_id, text, status, at, crc32(text.encode())))
+
 
 # ======================================================================================================================
 # Evidence: what a dispute is decided on
@@ -2240,6 +2442,113 @@ def verify_dispute_bundle(bundle: Any, *, evidence_hash: str | None = None) -> l
             f"chain: the evidence hash there is {_short(evidence_hash)}, that of this evidence {log.evidence_hash}"
         )
     return found
+
+
+# ======================================================================================================================
+# Metrics: what this process does, and how long it takes
+# ======================================================================================================================
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _timed(method: _Method) -> _Method:
+    """Count each call of a method under its name, with its latency and the errors that it raised."""
+    name, clock = method.__name__, time.perf_counter
+
+    @wraps(method)
+    def timed(self: Any, *arguments: Any, **options: Any) -> Any:
+        latency = self._latencies.get(name) or self._latencies.setdefault(name, Latency())
+        started = clock()
+        try:
+            return method(self, *arguments, **options)
+        except OperatorDbError as error:
+            latency.errors[type(error).__name__] += 1
+            raise
+        finally:
+            latency.add(clock() - started)
+
+    return cast(_Method, timed)
+
+
+class _TimedNamespace(Namespace[R]):
+    """A namespace of the operator's own. Ours are timed by the methods of OperatorDb, which are more than one verb each."""
+
+    def __init__(self, store: _Store, name: str, record_type: type[R], **columns: Any) -> None:
+        super().__init__(store, name, record_type, **columns)
+        self._latencies: dict[str, Latency] = {}
+
+    get = _timed(Namespace.get)
+    put = _timed(Namespace.put)
+    update = _timed(Namespace.update)
+    delete = _timed(Namespace.delete)
+    list = _timed(Namespace.list)
+    count = _timed(Namespace.count)
+    prune = _timed(Namespace.prune)
+
+
+def _exposition(stats: DbStats) -> str:
+    """Return statistics in the text format of https://prometheus.io/docs/instrumenting/exposition_formats/."""
+    lines: list[str] = []
+
+    def family(
+        name: str, kind: str, says: str, samples: Iterable[tuple[str, dict[str, object], float]]
+    ) -> None:
+        lines.extend((f"# HELP operator_db_{name} {says}", f"# TYPE operator_db_{name} {kind}"))
+        for suffix, labels, value in samples:
+            shown = ",".join(f'{label}="{text}"' for label, text in labels.items())
+            lines.append(f"operator_db_{name}{suffix}{'{' + shown + '}' if shown else ''} {value}")
+
+    def by(label: str, values: dict[Any, int]) -> list[tuple[str, dict[str, object], float]]:
+        return [("", {label: name}, value) for name, value in values.items()]
+
+    def histogram() -> Iterator[tuple[str, dict[str, object], float]]:
+        for name, latency in stats.operations.items():
+            below = list(accumulate(latency.buckets))
+            for bound, count in zip((*latency.bounds, "+Inf"), below, strict=True):
+                yield "_bucket", {"operation": name, "le": bound}, count
+            yield "_sum", {"operation": name}, latency.seconds
+            yield "_count", {"operation": name}, below[-1]
+
+    versions = {
+        "version": __version__,
+        "schema_version": stats.schema_version,
+        "sqlite_version": sqlite3.sqlite_version,
+    }
+    family("info", "gauge", "Versions of what runs; always 1.", [("", versions, 1)])
+    family("file_bytes", "gauge", "Size of each file of the database.", by("file", stats.files))
+    family("free_bytes", "gauge", "Bytes of the database file that nothing uses.", [("", {}, stats.free)])
+    family("records", "gauge", "Records in each namespace.", by("namespace", stats.records))
+    family(
+        "namespace_bytes",
+        "gauge",
+        "Bytes that each namespace and its indexes take.",
+        by("namespace", stats.bytes),
+    )
+    family("tasks", "gauge", "Tasks of each status.", by("status", stats.tasks))
+    family(
+        "unsubmitted_proofs",
+        "gauge",
+        "Proofs that are not marked as submitted.",
+        [("", {}, stats.unsubmitted_proofs)],
+    )
+    if stats.operations:
+        family(
+            "operation_duration_seconds",
+            "histogram",
+            "Latency of each operation of this process.",
+            histogram(),
+        )
+        family(
+            "operation_errors_total",
+            "counter",
+            "Operations of this process that raised, by error.",
+            (
+                ("", {"operation": name, "error": error}, count)
+                for name, latency in stats.operations.items()
+                for error, count in latency.errors.items()
+            ),
+        )
+    return "\n".join(lines) + "\n"
 
 
 # ======================================================================================================================
@@ -2335,6 +2644,7 @@ class OperatorDb:
         self._config = Namespace(self._store, "config", OperatorConfig, key="operator_id")
         ours: list[Namespace[Any]] = [self._tasks, self._sessions, self._log, self._proofs, self._config]
         self._namespaces = {each.name: each for each in ours}
+        self._latencies: dict[str, Latency] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str] | None = None, **options: Any) -> OperatorDb:
@@ -2400,26 +2710,18 @@ class OperatorDb:
         or properties of the dataclass: the id (str), what status queries look for (str, an enum of str, or bool), and what
         the age is counted from (Unix seconds). Raises InvalidRecordError for a name or type that will not do.
         """
-        plain = (
-            type(name) is str and name.isascii() and name.replace("_", "").isalnum() and name == name.lower()
-        )
-        if (
-            not plain
-            or not name[0].isalpha()
-            or len(name) > 48
-            or name in _OUR_TABLES
-            or name.startswith("sqlite_")
-        ):
+        if not _is_namespace_name(name):
             raise InvalidRecordError(
                 f"a namespace is 1 to 48 of a-z, 0-9 and _, a letter first, and none of ours; got {_short(name)}"
             )
-        made = Namespace(self._store, name, record_type, key=key, status=status, at=at)
+        made = _TimedNamespace(self._store, name, record_type, key=key, status=status, at=at)
         self._store.ensure_table(name)
         self._namespaces[name] = made
         return made
 
     # ---- tasks
 
+    @_timed
     def store_task(self, task: TaskRecord) -> None:
         """Store a task, in place of the one with its id.
 
@@ -2455,19 +2757,23 @@ class OperatorDb:
             if task.status == TaskStatus.COMPLETED and task.completed_at is None:
                 task.completed_at = task.history[-1].at
 
+    @_timed
     def get_task(self, task_id: str) -> TaskRecord | None:
         """Return the task, or None."""
         return self._tasks.get(task_id)
 
+    @_timed
     def delete_task(self, task_id: str) -> bool:
         """Remove a task, whatever its status, and leave its proof; return whether there was one."""
         return self._tasks.delete(task_id)
 
+    @_timed
     def count_tasks(self) -> dict[TaskStatus, int]:
         """Return how many tasks have each status, zeros included."""
         with self._store.snapshot():
             return {status: self._tasks.count(status) for status in TaskStatus}
 
+    @_timed
     def list_tasks(
         self, status: TaskStatus | str | None = None, *, limit: int | None = None, newest_first: bool = False
     ) -> list[TaskRecord]:
@@ -2476,6 +2782,7 @@ class OperatorDb:
             None if status is None else _status(status), limit=limit, newest_first=newest_first
         )
 
+    @_timed
     def list_tasks_by_status(self, status: TaskStatus | str) -> list[TaskRecord]:
         """Return the tasks of a status, oldest first; only they are read."""
         return self._tasks.list(_status(status))
@@ -2484,6 +2791,7 @@ class OperatorDb:
         """Walk the tasks in the order of their ids, in batches that block nobody; see `Namespace.values`."""
         return self._tasks.values(None if status is None else _status(status))
 
+    @_timed
     def update_task_status(
         self,
         task_id: str,
@@ -2510,6 +2818,7 @@ class OperatorDb:
 
         return self._tasks.update(task_id, change)
 
+    @_timed
     def complete_task(
         self, task_id: str, proof: VerificationLog, *, signature: str | None = None
     ) -> TaskRecord:
@@ -2537,6 +2846,7 @@ class OperatorDb:
 
     # ---- sessions
 
+    @_timed
     def store_session(self, session: SessionState) -> None:
         """Store a session: its fields replace those that are stored, its log extends the log that is stored.
 
@@ -2570,21 +2880,25 @@ class OperatorDb:
                 )
             )
 
+    @_timed
     def get_session(self, session_id: str) -> SessionState | None:
         """Return the session with its whole log, or None."""
         with self._store.snapshot():
             row = self._sessions.get(session_id)
             return self._with_log(row) if row else None
 
+    @_timed
     def list_sessions(self, *, limit: int | None = None) -> list[SessionState]:
         """Return the sessions with their logs, the least recently active first."""
         with self._store.snapshot():
             return [self._with_log(row) for row in self._sessions.list(limit=limit)]
 
+    @_timed
     def delete_session(self, session_id: str) -> bool:
         """Remove a session and its log; return whether there was one."""
         return self._sessions.delete(session_id)
 
+    @_timed
     def append_transcript(
         self, session_id: str, role: str, content: str, *, timestamp: int | None = None
     ) -> None:
@@ -2599,6 +2913,7 @@ class OperatorDb:
 
         self._touch(session_id, entry.timestamp, add)
 
+    @_timed
     def append_command(self, session_id: str, command: str, *, timestamp: int | None = None) -> None:
         """Add a command to a session's command history; the session is created when there is none."""
         at = _now() if timestamp is None else timestamp
@@ -2608,6 +2923,7 @@ class OperatorDb:
 
         self._touch(session_id, at, add)
 
+    @_timed
     def transcript(self, session_id: str, *, last: int | None = None) -> list[TranscriptEntry]:
         """Return a session's transcript in order, or its last entries; only these are read. Empty for no such session."""
         _check_count("last", last)
@@ -2615,6 +2931,7 @@ class OperatorDb:
             row = self._sessions.get(session_id)
             return self._transcript(row, last) if row else []
 
+    @_timed
     def link_task(self, session_id: str, task_id: str) -> None:
         """Add a task to those that a session is about, once; the session is created when there is none."""
         _check_id(task_id)
@@ -2625,6 +2942,7 @@ class OperatorDb:
 
         self._touch(session_id, _now(), link)
 
+    @_timed
     def unlink_task(self, session_id: str, task_id: str) -> bool:
         """Take a task off those that a session is about; return whether it was among them."""
         with self.transaction():
@@ -2682,6 +3000,7 @@ class OperatorDb:
 
     # ---- proofs
 
+    @_timed
     def store_proof(self, log: VerificationLog) -> bool:
         """Store the proof of a task, once; return whether it is new.
 
@@ -2703,10 +3022,12 @@ class OperatorDb:
                 )
             return stored is None
 
+    @_timed
     def get_proof(self, task_id: str) -> VerificationLog | None:
         """Return the proof of a task, its evidence hash verified, or None."""
         return self._proofs.get(task_id)
 
+    @_timed
     def list_proofs(
         self, *, submitted: bool | None = None, limit: int | None = None
     ) -> list[VerificationLog]:
@@ -2715,6 +3036,7 @@ class OperatorDb:
             raise InvalidRecordError(f"submitted must be a bool or None; got {_short(submitted)}")
         return self._proofs.list(submitted, limit=limit)
 
+    @_timed
     def delete_proof(self, task_id: str) -> bool:
         """Remove the proof of a task; return whether there was one.
 
@@ -2739,6 +3061,7 @@ class OperatorDb:
         task = self._tasks.get(task_id)
         return task is not None and task.status not in _SETTLED
 
+    @_timed
     def mark_proof_submitted(self, task_id: str, signature: str) -> VerificationLog:
         """Record that a proof was submitted, and in which transaction; return the proof.
 
@@ -2752,6 +3075,7 @@ class OperatorDb:
 
         return self._proofs.update(task_id, change)
 
+    @_timed
     def dispute_bundle(self, task_id: str) -> dict[str, Any]:
         """Return what a dispute over a task needs, as one JSON object, for `verify_dispute_bundle`; raises NotFoundError."""
         with self._store.snapshot():
@@ -2762,16 +3086,19 @@ class OperatorDb:
 
     # ---- config
 
+    @_timed
     def store_config(self, config: OperatorConfig) -> None:
         """Store the operator's configuration, in place of the one that is there."""
         self._config.put(config)
 
+    @_timed
     def get_config(self) -> OperatorConfig | None:
         """Return the operator's configuration, or None."""
         return self._config.get(OperatorConfig.operator_id)
 
     # ---- upkeep
 
+    @_timed
     def prune(
         self,
         task_days: float | None = 30,
@@ -2779,6 +3106,7 @@ class OperatorDb:
         proof_days: float | None = None,
         *,
         dry_run: bool = False,
+        progress: Progress | None = None,
     ) -> PruneReport:
         """Remove what is older than so many days, give the space back to the file system, and report it. None: leave alone.
 
@@ -2794,12 +3122,14 @@ class OperatorDb:
             self._store.checkpoint()  # what the WAL holds already would be needed twice
         tasks = sessions = proofs = 0
         if task_days is not None:
-            tasks = self._tasks.prune(task_days, status=TaskStatus.COMPLETED, dry_run=dry_run)
+            tasks = self._tasks.prune(
+                task_days, status=TaskStatus.COMPLETED, dry_run=dry_run, progress=progress
+            )
         if session_days is not None:
-            sessions = self._sessions.prune(session_days, dry_run=dry_run)
+            sessions = self._sessions.prune(session_days, dry_run=dry_run, progress=progress)
         if proof_days is not None:
             proofs = self._proofs.prune(
-                proof_days, status=True, keep=self._task_is_unsettled, dry_run=dry_run
+                proof_days, status=True, keep=self._task_is_unsettled, dry_run=dry_run, progress=progress
             )
         if not dry_run:
             self._store.give_back_pages()
@@ -2812,7 +3142,8 @@ class OperatorDb:
             dry_run=dry_run,
         )
 
-    def check(self) -> list[str]:
+    @_timed
+    def check(self, *, progress: Progress | None = None) -> list[str]:
         """Return what is wrong with the file, a line for each damaged page, record and log; empty when it is sound.
 
         Reads everything, changes nothing, repairs nothing, and goes on to the end whatever it finds.
@@ -2820,12 +3151,139 @@ class OperatorDb:
         found = list(self._store.integrity_problems())
         others: list[Namespace[Any]] = []
         with suppress(DamagedError):  # already reported
-            names = [name for name in self._store.other_tables() if name not in self._namespaces]
-            others += [_PlainNamespace(self._store, name) for name in names]
-        for namespace in (*self._namespaces.values(), *others):
-            found += namespace.problems()
+            others = self._others()
+        for namespace in (*(self._namespaces[name] for name in _OUR_TABLES), *others):
+            found += namespace.problems(progress)
         found += self._log_problems()
         return found
+
+    def _others(self) -> list[Namespace[Any]]:
+        """Return every namespace of the operator's own that the file holds, as plain JSON where its dataclass is not known."""
+        names = self._store.other_tables()
+        return [self._namespaces.get(name) or _PlainNamespace(self._store, name) for name in names]
+
+    @_timed
+    def stats(self) -> DbStats:
+        """Return what the database holds, what it takes, and what this process has done with it; reads the whole file."""
+        with self._store.snapshot():
+            tables = self._store.table_bytes()
+            kept = [*(self._namespaces[name] for name in _OUR_TABLES), *self._others()]
+            operations = {name: latency.copy() for name, latency in self._latencies.copy().items()}
+            for own in self._namespaces.values():
+                if isinstance(own, _TimedNamespace):
+                    for verb, latency in own._latencies.copy().items():
+                        operations[f"{own.name}.{verb}"] = latency.copy()
+            return DbStats(
+                path=self.path,
+                schema_version=len(_MIGRATIONS),
+                files={
+                    "database": _size(self.path),
+                    "wal": _size(self.path + "-wal"),
+                    "shm": _size(self.path + "-shm"),
+                },
+                free=self._store.free_bytes(),
+                records={namespace.name: namespace.count() for namespace in kept},
+                bytes={namespace.name: tables.get(namespace.name, 0) for namespace in kept},
+                tasks={status: self._tasks.count(status) for status in TaskStatus},
+                unsubmitted_proofs=self._proofs.count(False),
+                operations=operations,
+            )
+
+    def prometheus(self) -> str:
+        """Return `stats` in Prometheus's text exposition format, every name beginning with `operator_db_`."""
+        return _exposition(self.stats())
+
+    def write_metrics(self, path: str | os.PathLike[str]) -> None:
+        """Write `prometheus()` to a file, replaced as a whole, for node_exporter's textfile collector (a name in `.prom`).
+
+        Others may read it (mode 0644 under the umask), for node_exporter is another user.
+        """
+        with _replaced(path, mode=0o644) as file:
+            file.write(self.prometheus().encode())
+
+    # ---- transfer
+
+    @_timed
+    def export(
+        self,
+        file: _Place,
+        *,
+        include_secrets: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write every record as JSON Lines, from one snapshot, in constant memory: a header, then one record a line.
+
+        `file` is a path, whose file is private and is replaced as a whole at the end or not at all, or a stream, text or
+        binary, which gets its first byte when the snapshot is done, so that a slow one holds nothing up. Secrets are written
+        as `***` unless asked for. Of records in a namespace of the operator's own, this process knows the secret fields
+        after `namespace()` was called for it. Raises DamagedError for a record that is not what was written.
+        """
+        _export(self, file, include_secrets, progress)
+
+    @_timed
+    def import_(self, file: _Place, *, progress: Progress | None = None) -> dict[str, Counter[str]]:
+        """Store what `export`, or the prototype's `agenc-db export --format json`, wrote: all of it, or nothing.
+
+        Returns for each namespace how many records were `added`, `replaced` and `unchanged`, and, of the prototype's proofs,
+        which it does not export, how many were `left_behind`. Every line is checked before the write lock is taken.
+        What the database knows more of is kept: a longer history of a task, a longer log of a session, a submission, a secret
+        where the file holds `***` or nothing. Raises InvalidRecordError, which names line and field, NewerSchemaError, and
+        ConflictError where a proof would overwrite other evidence or a session's log contradicts the one that is stored.
+        """
+        return _import(self, file, progress)
+
+    @_timed
+    def backup(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write a copy of one state of the database, while others read and write; it holds every secret that this one does.
+
+        The copy is private, is checked as by `check()`, and then appears at `path` whole. Raises StorageError for a file that
+        is there (unless `overwrite`) or has a WAL beside it, and DamagedError when this database is damaged.
+        """
+        target = _database_path(path)
+        _refuse_open_file(target)
+        _refuse_backup_over(target, overwrite)
+        with _file_errors(f"cannot write {target}"), _new_file(target) as temporary:
+            self._store.copy_to(temporary, progress)
+            with OperatorDb(temporary, read_only=True) as copied:
+                _refuse_damaged(copied, "no backup was made")
+            _refuse_backup_over(target, overwrite)
+            if overwrite:
+                os.replace(temporary, target)
+            else:
+                _appear(temporary, target)
+            _sync_directory(target)
+
+    @_timed
+    def restore(self, path: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
+        """Replace everything in this database by what a backup holds, as one transaction, once the backup has been checked.
+
+        Other threads and processes that have the database open go on with the new content. Raises StorageError when there
+        is no such file, or it is of an older schema, DamagedError when it is not sound, and what opening it raises.
+        """
+        _refuse_open_file(_database_path(path))
+        with OperatorDb(path, read_only=True, timeout=self._store.timeout) as source:
+            _refuse_damaged(source, "nothing was restored")
+            names = self._store.other_tables()
+            self._store.copy_from(source._store, progress)
+            for name in names:  # those who have them open go on
+                self._store.ensure_table(name)
+
+    @_timed
+    def compact(self) -> int:
+        """Rebuild the file without gaps, and return how many bytes smaller it and its WAL are.
+
+        It takes as much free space again as the file has, and holds writers up until it is done; `prune` does not, and gives
+        back what it freed by itself. Raises ConflictError inside a `transaction()` block.
+        """
+        before = self._store.size()
+        self._store.vacuum()
+        return before - self._store.size()
 
     def _log_problems(self) -> Iterator[str]:
         """Find sessions whose log is not as long as they know, and logs that belong to no session."""
@@ -2848,6 +3306,408 @@ class OperatorDb:
                     yield f"session_log:{_short(log)} belongs to no session"
         except DamagedError as error:
             yield f"session_log: {error}"
+
+
+# ======================================================================================================================
+# Transfer: export, import, backup
+# ======================================================================================================================
+
+_EXPORT_FORMAT = "operator_db/1"
+_EXPORTED: dict[str, type] = {
+    "config": OperatorConfig,
+    "tasks": TaskRecord,
+    "sessions": SessionState,
+    "proofs": VerificationLog,
+}
+_PROTOTYPE_FIELDS = {"exported_at", "stats", "config", "tasks", "sessions"}
+
+
+def _refuse_open_file(path: str) -> None:
+    """Keep a database that is open in this process from being read or replaced as a plain file."""
+    for suffix in ("-wal", "-shm", ""):
+        if any(store.is_open_at(path.removesuffix(suffix)) for store in _all_stores()):
+            raise InvalidRecordError(f"{path} belongs to a database that is open here")
+
+
+def _refuse_damaged(db: OperatorDb, outcome: str) -> None:
+    problems = db.check()
+    if problems:
+        raise DamagedError(f"{db.path} has {len(problems)} problems, {outcome}: {problems[0]}")
+
+
+def _refuse_backup_over(path: str, overwrite: bool) -> None:
+    """Raise StorageError where a backup would replace a file unasked, or become the database of another's WAL."""
+    if os.path.lexists(path + "-wal"):
+        raise StorageError(
+            f"{path}-wal is there: a database of this name is open, or was not closed; choose another"
+        )
+    if os.path.lexists(path) and not overwrite:
+        raise StorageError(f"{path} is there already, and is not overwritten unless you say so")
+
+
+def _appear(temporary: str, path: str) -> None:
+    """Give a file its final name, unless that is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise StorageError(f"{path} is there already, and is not overwritten unless you say so") from None
+    except OSError:  # no hard links here (Android, FAT)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _replaced(file: str | os.PathLike[str], *, mode: int = 0o600) -> Iterator[IO[bytes]]:
+    """Give a new file to write, which takes its place at a path at the end of the block, whole, or not at all."""
+    path = _database_path(file)
+    _refuse_open_file(path)
+    with _file_errors(f"cannot write {path}"), _new_file(path) as temporary:
+        with open(temporary, "wb") as new:
+            yield new
+            new.flush()
+            os.fsync(new.fileno())
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+        _sync_directory(path)
+
+
+@contextmanager
+def _output(file: _Place) -> Iterator[IO[bytes]]:
+    """Give a file to write: a path's successor, or, for a stream or what is no regular file, a spool, sent at the end."""
+    import shutil
+    import tempfile
+
+    if isinstance(file, (str, os.PathLike)):
+        path = _database_path(file)
+        if os.path.isfile(path) or not os.path.exists(path):
+            with _replaced(path) as new:
+                yield new
+        else:
+            with _file_errors(f"cannot write {path}"), open(path, "wb") as special, _output(special) as spool:
+                yield spool
+        return
+    with tempfile.TemporaryFile() as spool:
+        with _file_errors("cannot write a temporary file"):
+            yield spool
+            spool.seek(0)
+        stream: IO[Any] = getattr(file, "buffer", file)  # that of sys.stdout, whose encoding may be anything
+        file.flush()
+        if isinstance(stream, TextIOBase):
+            stream.writelines(line.decode() for line in spool)
+        else:
+            shutil.copyfileobj(spool, stream, 2**20)
+        stream.flush()
+
+
+def _export(db: OperatorDb, file: _Place, include_secrets: bool, progress: Progress | None) -> None:
+    with _output(file) as out, db._store.snapshot():
+        kinds: list[Namespace[Any]] = [*(db._namespaces[name] for name in _EXPORTED), *db._others()]
+        counts = {kind.name: kind.count() for kind in kinds}
+        header = {
+            "format": _EXPORT_FORMAT,
+            "schema_version": len(_MIGRATIONS),
+            "exported_at": _now(),
+            "secrets": include_secrets,
+            "records": counts,
+        }
+        out.write(_encode_json(header).encode() + b"\n")
+        done, total = 0, sum(counts.values())
+        for kind in kinds:
+            lines = _session_lines(db) if kind.name == "sessions" else kind.lines(secrets=include_secrets)
+            for line in lines:
+                out.write(line.encode())
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+
+
+def _session_lines(db: OperatorDb) -> Iterator[str]:
+    """Walk the sessions as lines of an export, each with its log."""
+    for row in db._sessions.values():
+        record = _encode_json(_codec(SessionState).to_json(db._with_log(row)))
+        yield f'{{"namespace":"sessions","record":{record}}}\n'
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Say in every error where in the input it arose."""
+    try:
+        yield
+    except OperatorDbError as error:
+        raise type(error)(f"{where}: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InvalidRecordError(f"{where}: {error}") from None
+
+
+def _json_object(text: bytes) -> dict[str, Any]:
+    """Return the JSON object that a text holds; raise ValueError, which does not show the text, where there is none."""
+    try:
+        document = json.loads(text.decode(), parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error.msg}: line {error.lineno}, column {error.colno})") from None
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if type(document) is not dict:
+        raise ValueError("it is not a JSON object")
+    return document
+
+
+@contextmanager
+def _input(file: _Place) -> Iterator[Iterator[bytes]]:
+    """Give the lines of a path or of a stream, text or binary."""
+    if isinstance(file, (str, os.PathLike)):
+        path = _database_path(file)
+        _refuse_open_file(path)
+        with _file_errors(f"cannot read {path}"), open(path, "rb") as stream:
+            yield iter(stream)
+    else:
+        lines = iter(getattr(file, "buffer", file))
+        yield (line.encode() if isinstance(line, str) else line for line in lines)
+
+
+def _entries(file: _Place, counts: dict[str, Counter[str]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read an export, ours or the prototype's, as pairs of a place in the input and a line as we write it."""
+    with _input(file) as lines:
+        first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")
+        header = {}
+        with suppress(ValueError):
+            header = _json_object(first)
+        if "format" in header:
+            yield from _our_entries(header, lines)
+            return
+        with _naming("the input"):
+            if not first.lstrip().startswith(b"{"):
+                raise ValueError("it is neither an export of operator_db nor one of the prototype's")
+            document = _json_object(first + b"".join(lines))
+        yield from _prototype_entries(document, counts)
+
+
+def _our_entries(header: dict[str, Any], lines: Iterator[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _naming("line 1"):
+        version, wanted = header.get("schema_version"), header.get("records")
+        if header["format"] != _EXPORT_FORMAT or type(version) is not int or version > len(_MIGRATIONS):
+            raise NewerSchemaError(
+                f"the format is {_short(header['format'])}, the schema {_short(version)}; this module knows"
+                f" {_EXPORT_FORMAT!r} and {len(_MIGRATIONS)}: update operator_db.py"
+            )
+        if type(wanted) is not dict:
+            raise ValueError("the header does not say how many records there are")
+    found: Counter[str] = Counter()
+    for number, line in enumerate(lines, 2):
+        if not line.isspace():
+            with _naming(f"line {number}"):
+                entry = _json_object(line)
+            found[str(entry.get("namespace"))] += 1
+            yield f"line {number}", entry
+    for name in sorted({*wanted, *found}):
+        if wanted.get(name, 0) != found[name]:
+            raise InvalidRecordError(
+                f"the header says {_short(wanted.get(name, 0))} records of {_short(name)}, the input holds"
+                f" {found[name]}: it is not whole"
+            )
+
+
+def _prototype_entries(
+    document: dict[str, Any], counts: dict[str, Counter[str]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read what `agenc-db export --format json` writes: bytes as arrays of numbers, `rpc_url`, no history, no proofs."""
+    with _naming("the input"):
+        unknown = sorted(document.keys() - _PROTOTYPE_FIELDS)
+        if unknown or "tasks" not in document:
+            named = f": {_short(unknown[0])} is not known" if unknown else ""
+            raise ValueError("it is neither an export of operator_db nor one of the prototype's" + named)
+        stats = document.get("stats") or {}
+        tasks, sessions = _json_list(document["tasks"]), _json_list(document.get("sessions") or [])
+        for name, found in (("total_tasks", tasks), ("total_sessions", sessions)):
+            if stats.get(name, len(found)) != len(found):
+                raise ValueError(
+                    f"stats.{name} is {_short(stats[name])}, it holds {len(found)}: it is not whole"
+                )
+        if stats.get("total_proofs"):
+            counts["proofs"]["left_behind"] = int(stats["total_proofs"])
+    if document.get("config") is not None:
+        with _naming("config"):
+            config = {name: value for name, value in document["config"].items() if value is not None}
+            if "rpc_url" in config:
+                config["rpc_endpoints"] = [config.pop("rpc_url")]
+        yield "config", {"namespace": "config", "record": config}
+    for place, task in enumerate(tasks):
+        with _naming(f"tasks[{place}].payload"):
+            payload = bytes(_json_list(task["payload"]))
+        yield f"tasks[{place}]", {"namespace": "tasks", "record": task | {"payload": _base64(payload)}}
+    for place, session in enumerate(sessions):
+        yield f"sessions[{place}]", {"namespace": "sessions", "record": session}
+
+
+def _import(db: OperatorDb, file: _Place, progress: Progress | None) -> dict[str, Counter[str]]:
+    import tempfile
+
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    total = 0
+    with _file_errors("cannot write a temporary file"), tempfile.TemporaryFile() as staged:
+        for where, entry in _entries(file, counts):
+            with _naming(where):
+                staged.write(_encode_json([where, entry]).encode() + b"\n")
+                _take(db, entry, store=False)
+            total += 1
+            if progress is not None:
+                progress(total, 0)
+        staged.seek(0)
+        with db.transaction():
+            for done, line in enumerate(staged, 1):
+                where, entry = json.loads(line)
+                with _naming(where):
+                    counts[entry["namespace"]][_take(db, entry, store=True)] += 1
+                if progress is not None:
+                    progress(done, total)
+    return dict(counts)
+
+
+def _take(db: OperatorDb, entry: dict[str, Any], *, store: bool) -> str:
+    """Store one line of an export and return what became of it; or only check it."""
+    name, document = entry.get("namespace"), entry.get("record")
+    own = _is_namespace_name(name)
+    if not isinstance(name, str) or not (own or name in _EXPORTED):
+        raise ValueError(f"there is no namespace {_short(name)}")
+    wanted = {"namespace", "record", *(("key", "status", "at") if own else ())}
+    if entry.keys() != wanted or type(document) is not dict:
+        raise ValueError(f"it must hold exactly {', '.join(sorted(wanted))}, the record being a JSON object")
+    namespace = db._namespaces.get(name)
+    if namespace is None:
+        return _take_plain(db, name, entry, document, store)
+    codec: _Codec[Any] = _codec(_EXPORTED.get(name, namespace.record_type))
+    withheld = [
+        each for each in codec.secrets if _is_withheld(f"{name}.{each}", document.get(each, _REDACTED))
+    ]
+    stored = None
+    if withheld:
+        if not store and codec.requires(withheld):
+            return ""  # what is stored will be looked at under the lock
+        stored = _readable(namespace, entry.get("key", OperatorConfig.operator_id)) if store else None
+        kept = {} if stored is None else {each: codec.to_json(stored)[each] for each in withheld}
+        document = {each: value for each, value in document.items() if each not in withheld} | kept
+    record = codec.from_json(dict(document))
+    if lost := _lost(document, codec.to_json(record)):
+        raise ValueError(f"{name}{lost} is not known")
+    if own and entry["key"] != namespace.id_of(record):
+        raise ValueError(
+            f"its key is {_short(entry['key'])}, that of its record {_short(namespace.id_of(record))}"
+        )
+    return _TAKERS.get(name, _take_record)(db, namespace, record) if store else ""
+
+
+def _is_withheld(field_name: str, value: Any) -> bool:
+    """Whether an export did not say a secret; raise ValueError where it was written over in part."""
+    if value == _REDACTED:
+        return True
+    within = value.values() if type(value) is dict else value if type(value) is list else ()
+    if _REDACTED in within:
+        raise ValueError(
+            f"{field_name} holds {_REDACTED} beside other values: leave it out, or give it whole"
+        )
+    return False
+
+
+def _lost(given: Any, kept: Any) -> str:
+    """Return the first field of a JSON document that is not in another, which was made of it; empty if there is none."""
+    if type(given) is dict and type(kept) is dict:
+        pairs = [(f".{name}", value, kept.get(name)) for name, value in given.items()]
+        missing = [f".{name}" for name in given if name not in kept]
+    elif type(given) is list and type(kept) is list:
+        pairs, missing = [(f"[{n}]", *pair) for n, pair in enumerate(zip(given, kept, strict=False))], []
+    else:
+        return ""
+    deeper = (place + lost for place, *pair in pairs if (lost := _lost(*pair)))
+    return missing[0] if missing else next(deeper, "")
+
+
+def _readable(namespace: Namespace[R], record_id: str) -> R | None:
+    """Return a stored record, None where there is none or it cannot be read."""
+    with suppress(DamagedError):
+        return namespace.get(record_id)
+    return None
+
+
+def _take_task(db: OperatorDb, namespace: Namespace[Any], task: TaskRecord) -> str:
+    stored = _readable(namespace, task.task_id)
+    known = len(task.history)
+    if stored and len(stored.history) > known and stored.history[:known] == task.history:
+        return "unchanged"  # it has moved on since
+    db.store_task(task)
+    return "unchanged" if stored == task else "added" if stored is None else "replaced"
+
+
+def _take_session(db: OperatorDb, _: Namespace[Any], session: SessionState) -> str:
+    stored = db.get_session(session.session_id)
+    if stored is not None:
+        said, commands = len(session.transcript), len(session.command_history)
+        older = (stored.transcript[:said], stored.command_history[:commands]) == (
+            session.transcript,
+            session.command_history,
+        )
+        if older and (len(stored.transcript), len(stored.command_history)) != (said, commands):
+            return "unchanged"  # it has gone on since
+    db.store_session(session)
+    return "unchanged" if stored == session else "added" if stored is None else "replaced"
+
+
+def _take_proof(db: OperatorDb, namespace: Namespace[Any], log: VerificationLog) -> str:
+    if db.store_proof(log):
+        return "added"
+    stored = cast(VerificationLog, namespace.get(log.task_id))
+    if not log.submitted or stored.submitted:
+        return "unchanged"
+    namespace.put(replace(stored, submitted=True, submission_signature=log.submission_signature))
+    return "replaced"
+
+
+def _take_record(_: OperatorDb, namespace: Namespace[Any], record: Any) -> str:
+    stored = _readable(namespace, namespace.id_of(record))
+    if stored == record:
+        return "unchanged"
+    namespace.put(record)
+    return "added" if stored is None else "replaced"
+
+
+_TAKERS: dict[str, Callable[[OperatorDb, Namespace[Any], Any], str]] = {
+    "tasks": _take_task,
+    "sessions": _take_session,
+    "proofs": _take_proof,
+}
+
+
+def _take_plain(
+    db: OperatorDb, name: str, entry: dict[str, Any], document: dict[str, Any], store: bool
+) -> str:
+    """Store a record of a namespace whose dataclass this process does not know."""
+    key, status, at = entry["key"], entry["status"], entry["at"]
+    if not (
+        _ID.holds(key)
+        and (status is None or _is_text(status))
+        and (at is None or (type(at) is int and -(2**63) <= at < 2**63))
+        and _is_json(document)
+    ):
+        raise ValueError(
+            "key must be printable text, status text or null, at Unix seconds or null, and record JSON"
+        )
+    if not store:
+        return ""
+    db._store.ensure_table(name)
+    namespace = _PlainNamespace(db._store, name)
+    stored = _readable(namespace, key)
+    for each in [each for each, value in document.items() if value == _REDACTED]:
+        if stored is None or each not in stored:
+            raise ValueError(
+                f"{name}.{each} is {_REDACTED}, and nothing is stored that could be kept: export with the secrets,"
+                " or import it where namespace() was called for it"
+            )
+        document[each] = stored[each]
+    if stored == document:
+        return "unchanged"
+    namespace.put_plain(key, status, at, document)
+    return "added" if stored is None else "replaced"
 
 
 # ======================================================================================================================
@@ -2966,6 +3826,29 @@ def _promise_prune(path: str) -> None:
         _expect(report.bytes_after < report.bytes_before / 4, "the file shrinks")
 
 
+def _promise_transfer(path: str) -> None:
+    with OperatorDb(path, durable=False) as db, OperatorDb(path + "2", durable=False) as other:
+        db.store_config(OperatorConfig(keypairs={"main": "5ecret"}))
+        db.store_task(TaskRecord(task_id="t", reward_lamports=2**64 - 1))
+        db.append_transcript("s", "user", "how is t going?")
+        db.export(path + ".jsonl")
+        with open(path + ".jsonl", encoding="utf-8") as file:
+            _expect("5ecret" not in file.read(), "no secret is exported unasked")
+        db.export(path + ".jsonl", include_secrets=True)
+        other.import_(path + ".jsonl")
+        same = (db.get_task("t"), db.get_session("s"), db.get_config()) == (
+            other.get_task("t"),
+            other.get_session("s"),
+            other.get_config(),
+        )
+        _expect(same, "what is imported is what was exported")
+        other.backup(path + ".bak")
+        db.delete_task("t")
+        db.restore(path + ".bak")
+        _expect(db.get_task("t"), "what was backed up is restored, into an open database")
+        _expect('operation="restore",le="+Inf"} 1' in db.prometheus(), "every call is counted")
+
+
 def _promise_damage(path: str) -> None:
     with OperatorDb(path) as db:
         db.store_task(TaskRecord(task_id="hurt", description="before"))
@@ -2998,7 +3881,6 @@ def _promise_foreign_files(path: str) -> None:
 
 def _promise_killed_writer(path: str) -> None:
     import subprocess
-    import sys
 
     folder, name = os.path.split(os.path.abspath(__file__))
     program = (
@@ -3050,6 +3932,7 @@ _PROMISES: tuple[tuple[str, Callable[[str], None]], ...] = (
     ("a block that fails leaves nothing behind", _promise_transactions),
     ("a proof is stored once, with its task, and wins its dispute", _promise_proofs),
     ("pruning takes what may go, and the file shrinks", _promise_prune),
+    ("an export and a backup hold everything, and every call is counted", _promise_transfer),
     ("damage is found, and named by key", _promise_damage),
     ("a file that is not ours is refused and left alone", _promise_foreign_files),
     ("a writer that is killed loses nothing it was told is stored", _promise_killed_writer),
@@ -3061,53 +3944,604 @@ _PROMISES: tuple[tuple[str, Callable[[str], None]], ...] = (
 )
 
 
-def self_check() -> bool:
-    """Try every promise on a scratch database, print a line for each, and return whether all of them held."""
+def _tried() -> Iterator[tuple[str, str]]:
+    """Try every promise on a scratch database; yield each with what broke it, empty when it held."""
     import tempfile
 
-    held = 0
     with tempfile.TemporaryDirectory(prefix="operator_db-") as directory:
         for number, (sentence, promise) in enumerate(_PROMISES):
             try:
                 promise(os.path.join(directory, f"{number}.db"))
             except Exception as error:
-                print(f"FAIL  {sentence}\n      {type(error).__name__}: {error}")
+                yield sentence, f"{type(error).__name__}: {error}"
             else:
-                held += 1
-                print(f"ok    {sentence}", flush=True)
-    print(
-        f"{held} of {len(_PROMISES)} promises held (operator_db {__version__}, SQLite {sqlite3.sqlite_version})"
-    )
-    return held == len(_PROMISES)
+                yield sentence, ""
 
 
-def inspect(path: str | None = None) -> bool:
-    """Print what the operator's own database holds and what is wrong with it; return whether it is sound, or not there."""
-    if (path or os.environ.get("AGENC_DB_PATH")) == ":memory:":
-        return True
-    path = _database_path(path)
-    if not os.path.lexists(path):
-        print(f"{path}: no database yet; the first OperatorDb() creates it")
-        return True
-    try:
-        with OperatorDb(path, read_only=True) as db:
-            problems = db.check()
-            counts = (
-                ", ".join(f"{count} {status}" for status, count in db.count_tasks().items() if count)
-                or "none"
-            )
-            print(f"{path}: tasks {counts}; {len(problems) or 'no'} problems found")
-    except OperatorDbError as error:
-        problems = [str(error)]
-    for problem in problems:
-        print(f"      {problem}")
-    return not problems
+def self_check(db_path: str | os.PathLike[str] | None = None, *, as_json: bool = False) -> bool:
+    """Try the promises, then look for problems in the operator's own database; print both, return whether all is well."""
+    broken: dict[str, str] = {}
+    for sentence, error in _tried():
+        broken |= {sentence: error} if error else {}
+        if not as_json:
+            print(f"FAIL  {sentence}\n      {error}" if error else f"ok    {sentence}", flush=True)
+    path, records, problems = _database_path(db_path), 0, []
+    exists = os.path.lexists(path)
+    if exists:
+        try:
+            with OperatorDb(path, read_only=True) as db:
+                problems, records = db.check(), sum(db.stats().records.values())
+        except OperatorDbError as error:
+            problems = [str(error)]
+    held = f"{len(_PROMISES) - len(broken)} of {len(_PROMISES)} promises held"
+    if as_json:
+        _print_json(
+            {"promises": held, "broken": broken, "path": path if exists else None, "problems": problems}
+        )
+    else:
+        print(f"{held} (operator_db {__version__}, SQLite {sqlite3.sqlite_version})")
+        found = f"{records:,} records, {len(problems) or 'no'} problems found"
+        print(f"{path}: {found if exists else 'no database yet; the first OperatorDb() creates it'}")
+        for problem in problems:
+            print(f"      {problem}")
+    return not broken and not problems
 
 
 # ======================================================================================================================
 # Command line
 # ======================================================================================================================
 
+_ABOUT = """\
+Look after the database of an AgenC operator. Without a command: try the promises of this module on a scratch
+database, then look for problems in the operator's own.
+
+Looking works beside a running operator, changes nothing and creates nothing. PATH is the file of --db-path, else of
+the environment's AGENC_DB_PATH, else ~/.agenc/operator.db. Secrets are shown as ***; those of an operator's own
+namespaces are known to its code alone, and shown as they are. Exit status: 0 done, 1 failed or a problem found,
+2 wrong usage."""
+
+
+def _shown(value: object) -> str:
+    """Return text as it can be printed here: nothing that steers a terminal, nothing that its encoding lacks."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _print_json(value: Any, indent: int | None = 2) -> None:
+    """Print JSON: in ASCII where the encoding asks for it, and without characters that steer a terminal."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    text = json.dumps(value, ensure_ascii="utf" not in encoding.lower(), indent=indent)
+    print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
+
+
+def _size_text(size: int) -> str:
+    """Return a size in bytes as people read it."""
+    amount = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:,.1f} TiB"
+
+
+def _time_text(at: int) -> str:
+    """Return Unix seconds as people read them: the time in UTC, and how long ago that is."""
+    try:
+        text = time.strftime("%Y-%m-%d %H:%M", time.gmtime(at))
+    except (ValueError, OverflowError, OSError):
+        return str(at)
+    past = _now() - at
+    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
+        if abs(past) >= seconds:
+            count = abs(past) // seconds
+            return f"{text} ({count} {unit} ago)" if past > 0 else f"{text} (in {count} {unit})"
+    return f"{text} (now)"
+
+
+def _reward_text(task: TaskRecord) -> str:
+    """Return a task's reward: lamports as SOL, of which one is 10^9 lamports, SKR in its smallest unit."""
+    parts = []
+    if task.reward_lamports is not None:
+        whole, rest = divmod(task.reward_lamports, 10**9)
+        parts.append(f"{whole}.{rest:09}".rstrip("0").rstrip(".") + " SOL")
+    if task.reward_skr_tokens is not None:
+        parts.append(f"{task.reward_skr_tokens} SKR units")
+    return " + ".join(parts)
+
+
+def _width(text: str) -> int:
+    """Return how many columns a text takes on a terminal."""
+    import unicodedata
+
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
+
+
+def _print_table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print aligned columns, numbers to the right; on a terminal, lines are cut to its width."""
+    import shutil
+
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    table: list[list[object]] = [list(head), *map(list, rows)]
+    texts = [[f"{cell:,}" if type(cell) is int else _shown(cell) for cell in row] for row in table]
+    widths = [max(map(_width, column)) for column in zip(*texts, strict=True)]
+    for row, line_texts in zip(table, texts, strict=True):
+        padded = []
+        for cell, text, width in zip(row, line_texts, widths, strict=True):
+            fill = " " * (width - _width(text))
+            padded.append(fill + text if type(cell) is int else text + fill)
+        line = "  ".join(padded).rstrip()
+        while room and _width(line) > room:
+            line = line[:-1]
+        print(line)
+
+
+def _print_bars(title: str, numbers: dict[str, int], text: Callable[[int], str]) -> None:
+    """Print numbers, each with a bar of its length."""
+    most = max(numbers.values(), default=0) or 1
+    block = "█" if _shown("█") == "█" else "#"
+    bars = (
+        (name, text(number).rjust(10), block * -(-number * 24 // most)) for name, number in numbers.items()
+    )
+    _print_table((title, "", ""), bars)
+
+
+def _print_records(options: Any, records: list[Any], **columns: Callable[[Any], object]) -> int:
+    """Print records as a JSON array, or as a table with these columns."""
+    if options.json:
+        _print_json([_codec(type(record)).to_json(record) for record in records])
+    else:
+        head = (name.replace("_", " ") for name in columns)
+        _print_table(head, ([cell(record) for cell in columns.values()] for record in records))
+    return 0
+
+
+def _print_facts(options: Any, facts: dict[str, Any], text: str) -> int:
+    """Print facts as JSON, or in words."""
+    if options.json:
+        _print_json(facts)
+    else:
+        print(text)
+    return 0
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Progress | None]:
+    """Give what draws a progress bar on standard error; nothing where that is no terminal."""
+    import shutil
+
+    if not sys.stderr.isatty():
+        yield None
+        return
+    drawn = 0.0
+
+    def draw(done: int, total: int) -> None:
+        nonlocal drawn
+        if time.monotonic() - drawn < 0.1:
+            return
+        drawn = time.monotonic()
+        room = max(0, min(30, shutil.get_terminal_size().columns - len(label) - 20))
+        share = min(done / total, 1.0) if total else 0.0
+        bar = f"[{'#' * int(share * room):{room}}] {share:4.0%}" if total else f"{done:,}"
+        print(f"\r{label} {bar}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield draw
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class _Command(NamedTuple):
+    """One command: what runs it, whether it reads, writes, creates or needs no database, and the names of its arguments."""
+
+    run: Callable[[Any, Any], int]
+    opens: str
+    arguments: tuple[str, ...]
+
+
+_COMMANDS: dict[str, _Command] = {}
+
+
+def _command(opens: str, *arguments: str) -> Callable[[Callable[[Any, Any], int]], Callable[[Any, Any], int]]:
+    """Make a function a command of its name; its docstring is the help: what it does, more of that, and an example."""
+
+    def register(run: Callable[[Any, Any], int]) -> Callable[[Any, Any], int]:
+        _COMMANDS[run.__name__.strip("_").replace("_", "-")] = _Command(run, opens, arguments)
+        return run
+
+    return register
+
+
+@_command("read", "--prometheus", "-o")
+def _stats(db: OperatorDb, options: Any) -> int:
+    """what the database holds and takes
+
+    Tasks by status, records and bytes by namespace, file sizes, and how many proofs wait to be submitted. Latencies are
+    known to the running operator alone: OperatorDb.write_metrics().
+
+    stats --prometheus -o /var/lib/node_exporter/operator_db.prom
+    """
+    if options.prometheus:
+        if options.o in (None, "-"):
+            print(db.prometheus(), end="")
+        else:
+            db.write_metrics(options.o)
+        return 0
+    stats = db.stats()
+    if options.json:
+        _print_json({name: value for name, value in vars(stats).items() if name != "operations"})
+        return 0
+    files = ", ".join(f"{name} {_size_text(size)}" for name, size in stats.files.items() if size)
+    print(f"{_shown(stats.path)}: {files}; {_size_text(stats.free)} free")
+    print(f"{stats.unsubmitted_proofs:,} proofs wait to be submitted\n")
+    _print_bars("tasks by status", {str(name): count for name, count in stats.tasks.items()}, "{:,}".format)
+    print()
+    _print_bars("records by namespace", stats.records, "{:,}".format)
+    print()
+    _print_bars("bytes by namespace", stats.bytes, _size_text)
+    return 0
+
+
+@_command("read", "--status", "--limit", "--newest-first")
+def _list_tasks(db: OperatorDb, options: Any) -> int:
+    """the tasks, or those of a status
+
+    Oldest first, counted from completion, or, lacking it, from the claim.
+
+    list-tasks --status completed --limit 10 --newest-first
+    """
+    return _print_records(
+        options,
+        db.list_tasks(options.status, limit=options.limit, newest_first=options.newest_first),
+        task=lambda task: task.task_id,
+        status=lambda task: task.status,
+        since=lambda task: _time_text(task.history[-1].at),
+        reward=_reward_text,
+        description=lambda task: task.description or "",
+    )
+
+
+@_command("read", "--unsubmitted", "--limit")
+def _list_proofs(db: OperatorDb, options: Any) -> int:
+    """the proofs, or the queue of those to be submitted
+
+    Oldest first, each with its evidence hash.
+
+    list-proofs --unsubmitted
+    """
+    return _print_records(
+        options,
+        db.list_proofs(submitted=False if options.unsubmitted else None, limit=options.limit),
+        task=lambda log: log.task_id,
+        stored=lambda log: _time_text(log.timestamp),
+        outputs=lambda log: _size_text(len(log.outputs)),
+        submitted=lambda log: (log.submission_signature or "yes") if log.submitted else "no",
+        evidence_hash=lambda log: log.evidence_hash,
+    )
+
+
+@_command("read", "--limit")
+def _list_sessions(db: OperatorDb, options: Any) -> int:
+    """the voice sessions
+
+    The least recently active first.
+
+    list-sessions --json
+    """
+    return _print_records(
+        options,
+        db.list_sessions(limit=options.limit),
+        session=lambda session: session.session_id,
+        last_active=lambda session: _time_text(session.last_active),
+        entries=lambda session: len(session.transcript),
+        commands=lambda session: len(session.command_history),
+        tasks=lambda session: ", ".join(session.active_task_ids),
+        last_words=lambda session: session.transcript[-1].content if session.transcript else "",
+    )
+
+
+def _namespace_named(db: OperatorDb, name: str) -> Namespace[Any]:
+    kinds = {kind.name: kind for kind in (*(db._namespaces[each] for each in _EXPORTED), *db._others())}
+    if name not in kinds:
+        raise NotFoundError(f"there is no namespace {_short(name)}; there are {', '.join(kinds)}")
+    return kinds[name]
+
+
+@_command("read", "KEY")
+def _get(db: OperatorDb, options: Any) -> int:
+    """one record, by its key
+
+    A key is a namespace and an id: tasks:ID, sessions:ID, proofs:TASK_ID, config:operator. Bytes are shown in base64.
+
+    get tasks:t1
+    """
+    name, _, record_id = options.key.partition(":")
+    namespace = _namespace_named(db, name)
+    record = db.get_session(record_id) if name == "sessions" else namespace.get(record_id)
+    if record is None:
+        raise NotFoundError(f"there is no {_short(options.key)}")
+    if not isinstance(record, dict):
+        codec: _Codec[Any] = _codec(type(record))
+        record = codec.redacted(codec.to_json(record))
+    _print_json(record, indent=None if options.json else 2)
+    return 0
+
+
+@_command("read", "NAMESPACE")
+def _keys(db: OperatorDb, options: Any) -> int:
+    """the keys of a namespace, in their order
+
+    The namespaces are config, tasks, sessions, proofs, and the operator's own.
+
+    keys sessions
+    """
+    ids = _namespace_named(db, options.namespace).keys()
+    if options.json:
+        _print_json([f"{options.namespace}:{each}" for each in ids])
+        return 0
+    for each in ids:
+        print(f"{options.namespace}:{_shown(each)}")
+    return 0
+
+
+@_command("read", "-o", "--include-secrets")
+def _export_(db: OperatorDb, options: Any) -> int:
+    """every record as JSON Lines, from one snapshot
+
+    A header, then one record a line. Secrets are written as *** unless asked for. Those of an operator's own namespaces are
+    known to its code alone, and written: use OperatorDb.export() there.
+
+    export -o operator.jsonl
+    """
+    with _progress("export") as progress:
+        file = sys.stdout if options.o in (None, "-") else options.o
+        db.export(file, include_secrets=options.include_secrets, progress=progress)
+    return 0
+
+
+@_command("create", "FILE")
+def _import_(db: OperatorDb, options: Any) -> int:
+    """store what export wrote, all of it or nothing
+
+    Takes that, or what the prototype's `agenc-db export --format json` writes. Keeps what the database knows more of; never
+    puts *** over a secret, nor a proof over a different one. Creates the database where there is none.
+
+    import operator.jsonl
+    """
+    with _progress("import") as progress:
+        counts = db.import_(sys.stdin if options.file == "-" else options.file, progress=progress)
+    lines = [
+        f"{name}: " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counted.items())
+        for name, counted in counts.items()
+    ]
+    if "left_behind" in counts.get("proofs", {}):
+        lines.append("the prototype does not export proofs: keep its file for as long as one may be needed")
+    return _print_facts(options, dict(counts), "\n".join(lines) or "nothing to import")
+
+
+@_command("write", "--older-than", "--session-days", "--proof-days", "--dry-run")
+def _prune(db: OperatorDb, options: Any) -> int:
+    """remove what is old, and give the space back
+
+    Completed tasks, idle sessions, and, when asked, proofs that are submitted and whose task is gone or settled. Disputed and
+    resolved tasks stay. Works in short batches, beside a running operator.
+
+    prune --older-than 30 --dry-run
+    """
+    days = (options.older_than, options.session_days, options.proof_days)
+    with _progress("prune") as progress:
+        report = db.prune(*days, dry_run=options.dry_run, progress=progress)
+    verb = "would remove" if report.dry_run else "removed"
+    sizes = f"{_size_text(report.bytes_before)} before, {_size_text(report.bytes_after)} now"
+    told = (
+        f"{verb} tasks: {report.tasks:,}, sessions: {report.sessions:,}, proofs: {report.proofs:,}; {sizes}"
+    )
+    return _print_facts(options, vars(report), told)
+
+
+@_command("read")
+def _check(db: OperatorDb, options: Any) -> int:
+    """look for damage in every page and record
+
+    Prints a line for each problem. Changes and repairs nothing: a damaged record can be deleted or stored again, or the
+    database restored from a backup.
+
+    check
+    """
+    with _progress("check") as progress:
+        problems = db.check(progress=progress)
+    told = [*map(_shown, problems), f"{_shown(db.path)}: {len(problems) or 'no'} problems found"]
+    _print_facts(options, {"path": db.path, "problems": problems}, "\n".join(told))
+    return 1 if problems else 0
+
+
+@_command("read", "DEST", "--overwrite")
+def _backup(db: OperatorDb, options: Any) -> int:
+    """a checked copy, while the operator goes on
+
+    The copy is private, is checked, and then appears at DEST whole. It holds the keys that the database holds.
+
+    backup operator-2026-03-27.db
+    """
+    with _progress("backup") as progress:
+        db.backup(options.dest, overwrite=options.overwrite, progress=progress)
+    path = _database_path(options.dest)
+    told = f"{_shown(path)}: {_size_text(_size(path))}, checked; it holds the keys that the database holds"
+    return _print_facts(options, {"path": path, "bytes": _size(path)}, told)
+
+
+@_command("create", "SRC")
+def _restore(db: OperatorDb, options: Any) -> int:
+    """replace everything by what a backup holds
+
+    The backup is checked first; then all is replaced at once, and a running operator goes on with it. What the database holds
+    now is gone: make a backup of it before.
+
+    restore operator-2026-03-27.db
+    """
+    with _progress("restore") as progress:
+        db.restore(options.src, progress=progress)
+    records = db.stats().records
+    told = ", ".join(f"{count:,} {name}" for name, count in records.items())
+    return _print_facts(options, {"path": db.path, "records": records}, f"{_shown(db.path)} now holds {told}")
+
+
+@_command("write")
+def _compact(db: OperatorDb, options: Any) -> int:
+    """rebuild the file without gaps
+
+    Needs as much free space again as the file has, and holds writers up until it is done.
+
+    compact
+    """
+    freed, size = db.compact(), db._store.size()
+    told = f"{_size_text(size)} now, {_size_text(max(0, freed))} given back"
+    return _print_facts(options, {"path": db.path, "bytes_freed": freed, "bytes": size}, told)
+
+
+@_command("read", "TASK_ID")
+def _dispute(db: OperatorDb, options: Any) -> int:
+    """the bundle that a dispute over a task needs
+
+    One JSON object: task, proof, evidence hash, and the arguments for the chain.
+
+    dispute t1 > bundle.json
+    """
+    _print_json(db.dispute_bundle(options.task_id))
+    return 0
+
+
+@_command("nothing", "FILE", "--evidence-hash")
+def _verify(_: None, options: Any) -> int:
+    """check a dispute bundle, without a database
+
+    With the hash that stands on chain, any change to the evidence is found; without it, contradictions only.
+
+    verify bundle.json --evidence-hash 33b3287ebcf5c40d42c31f90c9b10edac79a0dd65592e7c16631e62a67566446
+    """
+    with _naming(options.file), _input(sys.stdin if options.file == "-" else options.file) as lines:
+        bundle = _json_object(b"".join(lines))
+    problems = verify_dispute_bundle(bundle, evidence_hash=options.evidence_hash)
+    against = "the hash given" if options.evidence_hash else "itself: give the hash on chain to be sure"
+    told = "\n".join(map(_shown, problems)) or f"the bundle holds, checked against {against}"
+    _print_facts(options, {"problems": problems}, told)
+    return 1 if problems else 0
+
+
+def _options(argv: list[str] | None) -> Any:
+    """Parse the command line; exits with status 2 when it is wrong."""
+    import argparse
+
+    def kind(parse: Callable[[str], Any], holds: Callable[[Any], bool], says: str) -> Callable[[str], Any]:
+        def convert(text: str) -> Any:
+            with suppress(ValueError):
+                if holds(parse(text)):
+                    return parse(text)
+            raise argparse.ArgumentTypeError(f"{_short(text)} is not {says}")
+
+        return convert
+
+    days = kind(float, lambda v: 0 <= v < 10**9, "a number of days")
+    status = kind(TaskStatus, bool, f"a status: {', '.join(TaskStatus)}")
+    count = kind(int, lambda v: 0 <= v < 2**63, "a number of records")
+    key = kind(str, lambda v: ":" in v, "a key: NAMESPACE:ID")
+    hexadecimal = kind(lambda v: v.lower().removeprefix("0x"), _HASH.holds, "64 hex digits, not all zero")
+    flag = {"action": "store_true"}
+    arguments: dict[str, dict[str, Any]] = {
+        "--prometheus": {**flag, "help": "print Prometheus's text format"},
+        "-o": {"metavar": "FILE", "help": "write to FILE, replaced as a whole, instead of standard output"},
+        "--status": {"metavar": "S", "type": status, "help": f"only those: {', '.join(TaskStatus)}"},
+        "--limit": {"metavar": "N", "type": count, "help": "the first N only"},
+        "--newest-first": {**flag, "help": "the newest first"},
+        "--unsubmitted": {**flag, "help": "only those that are not marked as submitted"},
+        "--include-secrets": {**flag, "help": "write keypairs and RPC endpoints too"},
+        "--older-than": {"metavar": "DAYS", "type": days, "default": 30, "help": "of tasks (30)"},
+        "--session-days": {"metavar": "DAYS", "type": days, "default": 90, "help": "of sessions (90)"},
+        "--proof-days": {"metavar": "DAYS", "type": days, "help": "of proofs (they are left alone)"},
+        "--dry-run": {**flag, "help": "count, and change nothing"},
+        "--overwrite": {**flag, "help": "replace DEST if it is there"},
+        "--evidence-hash": {
+            "metavar": "HEX",
+            "type": hexadecimal,
+            "help": "the hash on chain, 64 hex digits",
+        },
+        "KEY": {"type": key, "help": "NAMESPACE:ID"},
+        "FILE": {"help": "a file, - for standard input"},
+    }
+    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--db-path", metavar="PATH", help="the database file")
+    common.add_argument("--json", action="store_true", help="print the same facts for programs")
+    usage = "operator_db.py [--db-path PATH] [--json] [COMMAND ...]"
+    parser = argparse.ArgumentParser(
+        prog="operator_db.py", usage=usage, description=_ABOUT, parents=[common], **shape
+    )
+    versions = f"operator_db {__version__}, schema {len(_MIGRATIONS)}, SQLite {sqlite3.sqlite_version}"
+    parser.add_argument("--version", action="version", version=versions, help="print versions")
+    commands = parser.add_subparsers(
+        prog="operator_db.py", dest="command", metavar="COMMAND", title="commands"
+    )
+    for name, command in _COMMANDS.items():
+        says, more, example = (part.strip() for part in (command.run.__doc__ or "").split("\n\n"))
+        more = "\n".join(line.strip() for line in more.split("\n"))
+        one = commands.add_parser(
+            name,
+            parents=[common],
+            help=says,
+            description=f"{says[0].upper()}{says[1:]}.\n\n{more}",
+            epilog=f"example:\n  python operator_db.py {example}",
+            **shape,
+        )
+        for argument in command.arguments:
+            place: dict[str, Any] = {"metavar": argument} if argument.isupper() else {}
+            one.add_argument(argument.lower(), **place, **arguments.get(argument, {}))
+    return parser.parse_args(argv, argparse.Namespace(db_path=None, json=False))
+
+
+def _run(options: Any) -> int:
+    """Do what the command line says, and return the exit status."""
+    if options.command is None:
+        return 0 if self_check(options.db_path, as_json=options.json) else 1
+    command = _COMMANDS[options.command]
+    if command.opens == "nothing":
+        return command.run(None, options)
+    path = _database_path(options.db_path)
+    if command.opens == "create":
+        source = options.file if options.command == "import" else options.src
+        with _file_errors(f"cannot read {source}"):
+            if source != "-":
+                os.stat(source)  # before a database is made for it
+    elif not os.path.lexists(path):
+        raise StorageError(f"{path}: there is no database; the operator makes it, or import, or restore")
+    looks = command.opens == "read" or getattr(options, "dry_run", False)
+    with OperatorDb(path, read_only=looks) as db:
+        return command.run(db, options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line, and return its exit status: 0 done, 1 failed or a problem found, 2 wrong usage."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = _run(_options(argv))
+        sys.stdout.flush()
+        return status
+    except OperatorDbError as error:
+        print(f"operator_db: {_shown(error)}", file=sys.stderr)
+    except OSError as error:  # of standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter tries again when it ends
+        if not isinstance(error, BrokenPipeError):
+            print(f"operator_db: standard output: {error.strerror}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("operator_db: interrupted", file=sys.stderr)
+        return 130
+    return 1
+
+
 if __name__ == "__main__":
-    sound = self_check()
-    raise SystemExit(0 if inspect() and sound else 1)
+    raise SystemExit(main())
