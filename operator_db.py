@@ -4473,27 +4473,32 @@ def _options(argv: list[str] | None) -> Any:
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--db-path", metavar="PATH", help="the database file")
     common.add_argument("--json", action="store_true", help="print the same facts for programs")
-    usage = "operator_db.py [--db-path PATH] [--json] [COMMAND ...]"
+    helps = {
+        name: [part.strip() for part in (command.run.__doc__ or "").split("\n\n")]
+        for name, command in _COMMANDS.items()
+    }
+    listed = "\n".join(f"  {name:13}  {says}" for name, (says, _, _) in helps.items())
     parser = argparse.ArgumentParser(
-        prog="operator_db.py", usage=usage, description=_ABOUT, parents=[common], **shape
+        prog="operator_db.py",
+        usage="operator_db.py [--db-path PATH] [--json] [COMMAND ...]",
+        description=_ABOUT,
+        epilog=f"commands, of which COMMAND --help says more, with an example:\n{listed}",
+        parents=[common],
+        **shape,
     )
     versions = f"operator_db {__version__}, schema {len(_MIGRATIONS)}, SQLite {sqlite3.sqlite_version}"
     parser.add_argument("--version", action="version", version=versions, help="print versions")
-    commands = parser.add_subparsers(
-        prog="operator_db.py", dest="command", metavar="COMMAND", title="commands"
-    )
-    for name, command in _COMMANDS.items():
-        says, more, example = (part.strip() for part in (command.run.__doc__ or "").split("\n\n"))
+    commands = parser.add_subparsers(prog="operator_db.py", dest="command", help=argparse.SUPPRESS)
+    for name, (says, more, example) in helps.items():
         more = "\n".join(line.strip() for line in more.split("\n"))
         one = commands.add_parser(
             name,
             parents=[common],
-            help=says,
             description=f"{says[0].upper()}{says[1:]}.\n\n{more}",
             epilog=f"example:\n  python operator_db.py {example}",
             **shape,
         )
-        for argument in command.arguments:
+        for argument in _COMMANDS[name].arguments:
             place: dict[str, Any] = {"metavar": argument} if argument.isupper() else {}
             one.add_argument(argument.lower(), **place, **arguments.get(argument, {}))
     return parser.parse_args(argv, argparse.Namespace(db_path=None, json=False))
