@@ -2298,7 +2298,7 @@ class TheFile(Scratch):
         with OperatorDb() as db:
             db.store_task(TaskRecord(task_id="t", description="original"))
         path = self.directory / ".agenc" / "operator.db"
-        with redirect_stdout(StringIO()) as printed, mock.patch("operator_db._PROMISES", ()):
+        with redirect_stdout(StringIO()) as printed, mock.patch("operator_db._PROMISES", {}):
             self.assertTrue(operator_db.self_check())
         self.assertIn(f"{path}: 1 records, no problems found", printed.getvalue())
         path.write_bytes(path.read_bytes().replace(b"original", b"0riginal"))
@@ -2315,7 +2315,7 @@ class TheFile(Scratch):
             operator_db._expect(1 == 2, "one is two")
 
         done: list[str] = []
-        promises = (("arithmetic", broken), ("nothing", lambda path: None))
+        promises = {"arithmetic": broken, "nothing": lambda path: None}
         with (
             mock.patch("operator_db._PROMISES", promises),
             mock.patch("builtins.print", lambda *a, **k: done.append(a[0])),
