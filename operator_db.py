@@ -2366,13 +2366,13 @@ class _PlainNamespace(Namespace[Any]):
 
     def _record(self, row: tuple[Any, ...]) -> Any:
         try:
-            if crc32(row[1]) != row[4]:
+            if crc32(row[1]) != row[4] or type(row[3]) not in (int, type(None)):
                 raise ValueError("its checksum does not match")
+            row[0].decode(), (row[2] or b"").decode()
             return json.loads(row[1])
-        except (ValueError, TypeError, RecursionError):
-            raise DamagedError(
-                f"{_short(row[0].decode(errors='replace'))} is damaged: it is not what was written"
-            ) from None
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            key = self._prefix + self._id(row[0])
+            raise DamagedError(f"{_short(key)} is damaged: it is not what was written") from None
 
     def put_plain(self, record_id: str, status: str | None, at: int | None, document: dict[str, Any]) -> None:
         """Store a JSON object with the columns that the operator's code took from it."""
@@ -3378,12 +3378,13 @@ def _output(file: _Place) -> Iterator[IO[bytes]]:
     import tempfile
 
     if isinstance(file, (str, os.PathLike)):
-        path = _database_path(file)
-        if os.path.isfile(path) or not os.path.exists(path):
-            with _replaced(path) as new:
+        _database_path(file)  # raises for what is no path
+        if os.path.isfile(file) or not os.path.exists(file):
+            with _replaced(file) as new:
                 yield new
         else:
-            with _file_errors(f"cannot write {path}"), open(path, "wb") as special, _output(special) as spool:
+            where = f"cannot write {_short(file)}"
+            with _file_errors(where), open(file, "wb") as special, _output(special) as spool:
                 yield spool
         return
     with tempfile.TemporaryFile() as spool:
@@ -3435,7 +3436,9 @@ def _naming(where: str) -> Iterator[None]:
         yield
     except OperatorDbError as error:
         raise type(error)(f"{where}: {error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # an operator's own dataclass may raise anything
         raise InvalidRecordError(f"{where}: {error}") from None
 
 
@@ -3549,8 +3552,9 @@ def _import(db: OperatorDb, file: _Place, progress: Progress | None) -> dict[str
     with _file_errors("cannot write a temporary file"), tempfile.TemporaryFile() as staged:
         for where, entry in _entries(file, counts):
             with _naming(where):
-                staged.write(_encode_json([where, entry]).encode() + b"\n")
+                line = _encode_json([where, entry]).encode()
                 _take(db, entry, store=False)
+            staged.write(line + b"\n")
             total += 1
             if progress is not None:
                 progress(total, 0)
@@ -4487,11 +4491,11 @@ def _run(options: Any) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit status: 0 done, 1 failed or a problem found, 2 wrong usage."""
-    for name in ("stdout", "stderr"):
+    for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by who started us
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure") and name != "stdin":
             stream.reconfigure(errors="backslashreplace")
     try:
         status = _run(_options(argv))
