@@ -45,7 +45,7 @@ from enum import Enum, StrEnum
 from functools import partial, wraps
 from hashlib import sha256
 from heapq import merge
-from io import TextIOBase
+from io import RawIOBase, TextIOBase
 from itertools import accumulate, islice
 from operator import attrgetter
 from typing import IO, Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
@@ -756,13 +756,23 @@ class _Codec(Generic[R]):
                 raise ValueError(f"{self.name}.{name} is not what the other fields give")
         return record
 
-    def requires(self, names: list[str]) -> bool:
-        """Whether a record cannot be made without one of these fields."""
-        return any(name in self._required for name in names)
+    def defaults(self, names: list[str]) -> dict[str, Any]:
+        """Return as JSON what a record has in these fields when they are not given, for those that need not be."""
+        made: dict[str, Any] = {}
+        for each in fields(cast(Any, self.record_type)):
+            if each.name in names and each.name not in self._required:
+                value = each.default if each.default_factory is MISSING else each.default_factory()
+                encode = self.shapes[each.name].encode
+                made[each.name] = encode(value) if encode else value
+        return made
 
     def redacted(self, document: dict[str, Any]) -> dict[str, Any]:
         """Return a JSON object of a record with `***` for its secrets."""
-        return {name: _REDACTED if name in self.secrets else value for name, value in document.items()}
+        return {
+            name: _REDACTED if name in self.secrets else value
+            for name, value in document.items()
+            if name in self.shapes  # one that the class no longer has may have been a secret
+        }
 
     def encode(self, record: R) -> str:
         """Check the record and return it as one JSON document."""
@@ -985,14 +995,18 @@ def _is_namespace_name(name: object) -> bool:
 
 
 def _database_path(path: str | os.PathLike[str] | None) -> str:
-    """Return the absolute path to use: the argument, else AGENC_DB_PATH, else ~/.agenc/operator.db."""
+    """Return the absolute path of the database: the argument, else AGENC_DB_PATH, else ~/.agenc/operator.db."""
     if path is None:
         path = os.environ.get("AGENC_DB_PATH") or os.path.join("~", ".agenc", "operator.db")
+    return _real_path(path)
+
+
+def _real_path(path: str | os.PathLike[str]) -> str:
+    """Return an absolute path, symbolic links resolved: SQLite keeps the WAL beside the file that they lead to."""
     try:
         text = os.fsdecode(path)
         if not text or b"\0" in os.fsencode(text):
             raise ValueError("it is empty or holds a NUL")
-        # SQLite keeps the WAL beside the file that a symbolic link leads to
         return os.path.realpath(os.path.expanduser(text))
     except (TypeError, ValueError) as error:
         raise InvalidRecordError(f"{_short(path)} is not a path: {error}") from None
@@ -1002,11 +1016,11 @@ def _database_path(path: str | os.PathLike[str] | None) -> str:
 
 @contextmanager
 def _file_errors(what: str) -> Iterator[None]:
-    """Raise what the file system raises in the block as StorageError; ours, of which some are OSErrors too, pass."""
+    """Raise what the file system raises in the block as StorageError; OSErrors of ours and of a callback pass."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, OperatorDbError):
+        if isinstance(error, OperatorDbError) or error.errno is None:
             raise
         raise StorageError(f"{what}: {error.strerror}") from None
 
@@ -1159,7 +1173,8 @@ def _new_file(path: str) -> Iterator[str]:
 
     What is written there appears at its final name whole, by link or rename, or not at all.
     """
-    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.new"
+    owner = os.getpid()  # and not a child that was forked in the block
+    temporary = f"{path}.{owner}-{os.urandom(4).hex()}.new"
     try:
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
@@ -1169,7 +1184,7 @@ def _new_file(path: str) -> Iterator[str]:
             os.close(descriptor)
         yield temporary
     finally:
-        for suffix in ("", "-wal", "-shm", "-journal"):
+        for suffix in ("", "-wal", "-shm", "-journal") if os.getpid() == owner else ():
             with suppress(FileNotFoundError):
                 os.unlink(temporary + suffix)
 
@@ -1199,8 +1214,8 @@ def _create(path: str, timeout: float) -> None:
 
 
 def _sync_directory(path: str) -> None:
-    """Make the name of a new file durable."""
-    if hasattr(os, "O_DIRECTORY"):
+    """Make the name of a new file durable, as far as its directory may be read."""
+    if hasattr(os, "O_DIRECTORY") and os.access(os.path.dirname(path), os.R_OK):
         descriptor = os.open(os.path.dirname(path), os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
@@ -1761,7 +1776,8 @@ class _Store:
             connection = self._connect_writer()
             self._copy(cast(_Lease, source._mine()).connection, connection, progress)
             self._check_file(": what was restored is lost")
-        self.checkpoint()
+        with suppress(OperatorDbError):  # it is committed, whatever comes of this
+            self.checkpoint()
 
     def _copy(self, source: _Connection | None, target: _Connection, progress: Progress | None) -> None:
         """Copy all pages. A read transaction must be held on the source, else its writers make this begin anew for ever."""
@@ -1789,18 +1805,22 @@ class _Store:
             self._wait_for_turn(lease)
             self._connect_writer().query("VACUUM")
             self._check_file()
-        self.checkpoint()
+        with suppress(OperatorDbError):  # it is committed, whatever comes of this
+            self.checkpoint()
 
     def _refuse_own_block(self, what: str) -> None:
         if self._mine() is not None:
             raise ConflictError(f"{what} inside a transaction: call it outside of the block")
 
-    def is_open_at(self, path: str) -> bool:
-        """Whether a path leads to the file that is open here."""
-        try:
-            return _identity(path) == self._opened
-        except OSError:
+    def has_open(self, path: str) -> bool:
+        """Whether a path leads to the database that is open here, or to its WAL or shared memory."""
+        if self._closed and self._opened not in _inherited:
             return False
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(OSError):
+                if os.path.samefile(path, self.path + suffix):
+                    return True
+        return False
 
     # ---- closing and fork
 
@@ -1974,6 +1994,10 @@ def _check_id(record_id: object) -> str:
     raise InvalidRecordError(f"an id must be {_ID.says}; got {_short(record_id)}")
 
 
+def _is_age(at: object) -> bool:
+    return at is None or (type(at) is int and -(2**63) <= at < 2**63)
+
+
 def _check_count(name: str, value: object) -> int:
     """Return -1 for None, SQLite's word for no limit; raise InvalidRecordError for what is no count."""
     if value is None:
@@ -2060,7 +2084,9 @@ class Namespace(Generic[R]):
 
     def put(self, record: R, *, if_absent: bool = False) -> bool:
         """Store the record over the one with its id; with `if_absent`, only where there is none. Return whether stored."""
-        return self._store.write(self._put_if_absent if if_absent else self._put_over, self._row(record)) > 0
+        return (
+            self._store.write(self._put_if_absent if if_absent else self._put_over, self.row_of(record)) > 0
+        )
 
     def update(self, record_id: str, change: Callable[[R], R]) -> R:
         """Read, call `change(record)`, and store what it returns, as one transaction; return what is stored now.
@@ -2072,9 +2098,9 @@ class Namespace(Generic[R]):
             record = self.get(record_id)
             if record is None:
                 raise NotFoundError(f"there is no {_short(self._prefix + record_id)}")
-            before = self._row(record)
+            before = self.row_of(record)
             record = change(record)
-            after = self._row(record)
+            after = self.row_of(record)
             if after[0] != before[0]:
                 raise InvalidRecordError(
                     f"update of {_short(before[0])} returned a record with another id, {_short(after[0])}"
@@ -2154,7 +2180,7 @@ class Namespace(Generic[R]):
         for row in self._walk(_WALK, None):
             self._record(row)  # proves it whole
             record = row[1].decode()
-            if self._codec.secrets and not secrets:
+            if self.secrets and not secrets:
                 record = _encode_json(self._codec.redacted(json.loads(record)))
             columns = ""
             if self.name not in _OUR_TABLES:
@@ -2226,9 +2252,48 @@ class Namespace(Generic[R]):
             raise DamagedError(f"{self.name} holds a status that is no text: run check()")
         return [*(status for status, _ in rows if status is not None), None]
 
-    def id_of(self, record: R) -> str:
-        """Return the id of a record."""
-        return cast(str, self._key(record))
+    @property
+    def secrets(self) -> frozenset[str]:
+        """The names of the fields whose values are not shown."""
+        return self._codec.secrets
+
+    def put_row(self, row: builtins.list[Any]) -> bool:
+        """Store a row that `row_of` made, unless there is one with its key; return whether it was stored."""
+        return self._store.write(self._put_if_absent, tuple(row)) > 0
+
+    def record_of(self, document: dict[str, Any]) -> R:
+        """Return the record that a JSON object, used up by it, holds; raise ValueError or TypeError when it holds none."""
+        return self._codec.from_json(dict(document))
+
+    def document_of(self, record: R) -> dict[str, Any]:
+        """Return a checked record as a JSON object."""
+        return self._codec.to_json(record)
+
+    def defaults(self, names: builtins.list[str]) -> dict[str, Any]:
+        """Return as JSON what a record has in these fields when they are not given, for those that need not be."""
+        return self._codec.defaults(names)
+
+    def row_as_written(
+        self, record_id: Any, status: Any, at: Any, document: dict[str, Any]
+    ) -> tuple[str, str, str | None, int | None, int]:
+        """Return the row of a JSON object, with the columns that the operator's code took from it, once all are checked."""
+        if not (_is_text(status) or status is None) or not _is_age(at) or not _is_json(document):
+            raise ValueError(
+                "status must be text or null, at Unix seconds or null, and the record plain JSON"
+            )
+        text = _encode_json(document)
+        return self._prefix + _check_id(record_id), text, status, at, crc32(text.encode())
+
+    def replace_row(self, row: tuple[Any, ...]) -> str:
+        """Store a row that `row_of` made over one with its key; return `added`, `replaced` or `unchanged`."""
+        if self.put_row([*row]):
+            return "added"
+        wanted = tuple(each.encode() if isinstance(each, str) else each for each in row)
+        with suppress(DamagedError):
+            if self._store.read(self._get, (row[0],)) == [wanted]:
+                return "unchanged"
+        self._store.write(self._put_over, row)
+        return "replaced"
 
     # ---- what is wrong
 
@@ -2240,14 +2305,26 @@ class Namespace(Generic[R]):
                 yield f"{_short(key)} in {self.name} has a column of a wrong type: another program wrote it"
         except DamagedError as error:
             yield f"{self.name}: {error}"
+        found = []
         try:
-            for done, row in enumerate(self._walk(_WALK_KEYS, None), 1):
+            for done, row in enumerate(self._walk(_WALK, None), 1):
                 if progress is not None:
                     progress(done, 0)
                 try:
-                    found = self._store.read(self._get, (row[0],))
-                    if found:
-                        self._record(found[0])
+                    self._record(row)
+                except DamagedError as error:
+                    found.append(str(error))
+        except DamagedError:
+            found = [*self._problems_by_key()]
+        yield from found
+
+    def _problems_by_key(self) -> Iterator[str]:
+        """Find what is wrong where a page of records cannot be read: key after key, as the index has them."""
+        try:
+            for row in self._walk(_WALK_KEYS, None):
+                try:
+                    for found in self._store.read(self._get, (row[0],)):
+                        self._record(found)
                 except DamagedError as error:
                     yield f"{_short(row[0].decode(errors='replace'))}: {error}"
         except DamagedError as error:
@@ -2293,7 +2370,8 @@ class Namespace(Generic[R]):
 
     # ---- rows
 
-    def _row(self, record: R) -> tuple[str, str, str | None, int | None, int]:
+    def row_of(self, record: R) -> tuple[str, str, str | None, int | None, int]:
+        """Check a record and return the row that it is stored as."""
         value = self._codec.encode(record)
         try:
             at = self._at(record) if self._at else None
@@ -2305,7 +2383,7 @@ class Namespace(Generic[R]):
             raise InvalidRecordError(
                 f"{self.name}: {type(error).__name__} from a property of the record"
             ) from None
-        if at is not None and not (type(at) is int and -(2**63) <= at < 2**63):
+        if not _is_age(at):
             raise InvalidRecordError(
                 f"{self.name}: its age must be counted from Unix seconds; got {_short(at)}"
             )
@@ -2364,20 +2442,19 @@ class _PlainNamespace(Namespace[Any]):
             store, name, _LogEntry, key="entry_id"
         )  # any dataclass: the walks meet _record alone
 
+    def document_of(self, record: Any) -> dict[str, Any]:
+        """Return a record, which is a JSON object already."""
+        return cast("dict[str, Any]", record)
+
     def _record(self, row: tuple[Any, ...]) -> Any:
         try:
-            if crc32(row[1]) != row[4] or type(row[3]) not in (int, type(None)):
+            if crc32(row[1]) != row[4] or not _is_age(row[3]):
                 raise ValueError("its checksum does not match")
             row[0].decode(), (row[2] or b"").decode()
             return json.loads(row[1])
         except (ValueError, TypeError, AttributeError, RecursionError):
             key = self._prefix + self._id(row[0])
             raise DamagedError(f"{_short(key)} is damaged: it is not what was written") from None
-
-    def put_plain(self, record_id: str, status: str | None, at: int | None, document: dict[str, Any]) -> None:
-        """Store a JSON object with the columns that the operator's code took from it."""
-        text = _encode_json(document)
-        self._store.write(self._put_over, (self._prefix + record_id, text, status, at, crc32(text.encode())))
 
 
 # ======================================================================================================================
@@ -2741,7 +2818,8 @@ class OperatorDb:
                 self._tasks.put(task)
 
     @staticmethod
-    def _settle(task: TaskRecord, stored: TaskRecord | None = None) -> None:
+    def _settle(task: TaskRecord, stored: TaskRecord | None = None) -> bool:
+        """Bring a task up to date with what is stored and with its own status; return whether its history grew at the end."""
         if stored is not None:
             if task.history[: len(stored.history)] != stored.history:
                 later = [change for change in task.history if change not in stored.history]
@@ -2756,6 +2834,8 @@ class OperatorDb:
             task.history.append(StatusChange(status=task.status, signature=task.on_chain_signature))
             if task.status == TaskStatus.COMPLETED and task.completed_at is None:
                 task.completed_at = task.history[-1].at
+            return True
+        return False
 
     @_timed
     def get_task(self, task_id: str) -> TaskRecord | None:
@@ -3198,7 +3278,7 @@ class OperatorDb:
 
         Others may read it (mode 0644 under the umask), for node_exporter is another user.
         """
-        with _replaced(path, mode=0o644) as file:
+        with _output(path, mode=0o644) as file:
             file.write(self.prometheus().encode())
 
     # ---- transfer
@@ -3215,8 +3295,8 @@ class OperatorDb:
 
         `file` is a path, whose file is private and is replaced as a whole at the end or not at all, or a stream, text or
         binary, which gets its first byte when the snapshot is done, so that a slow one holds nothing up. Secrets are written
-        as `***` unless asked for. Of records in a namespace of the operator's own, this process knows the secret fields
-        after `namespace()` was called for it. Raises DamagedError for a record that is not what was written.
+        as `***` unless asked for; those in a namespace of the operator's own are known when `namespace()` was called for it
+        on this object. Raises DamagedError for a record that is not what was written.
         """
         _export(self, file, include_secrets, progress)
 
@@ -3226,9 +3306,9 @@ class OperatorDb:
 
         Returns for each namespace how many records were `added`, `replaced` and `unchanged`, and, of the prototype's proofs,
         which it does not export, how many were `left_behind`. Every line is checked before the write lock is taken.
-        What the database knows more of is kept: a longer history of a task, a longer log of a session, a submission, a secret
-        where the file holds `***` or nothing. Raises InvalidRecordError, which names line and field, NewerSchemaError, and
-        ConflictError where a proof would overwrite other evidence or a session's log contradicts the one that is stored.
+        What the database knows more of is kept: a task that has moved later, a session whose log goes on, a submission, a
+        secret where the file holds `***` or nothing. Raises InvalidRecordError, which names line and field, NewerSchemaError,
+        and ConflictError where a proof would overwrite other evidence or a session's log contradicts the one that is stored.
         """
         return _import(self, file, progress)
 
@@ -3245,14 +3325,13 @@ class OperatorDb:
         The copy is private, is checked as by `check()`, and then appears at `path` whole. Raises StorageError for a file that
         is there (unless `overwrite`) or has a WAL beside it, and DamagedError when this database is damaged.
         """
-        target = _database_path(path)
-        _refuse_open_file(target)
-        _refuse_backup_over(target, overwrite)
+        target = _real_path(path)
+        _refuse_over(target, overwrite)
         with _file_errors(f"cannot write {target}"), _new_file(target) as temporary:
             self._store.copy_to(temporary, progress)
             with OperatorDb(temporary, read_only=True) as copied:
                 _refuse_damaged(copied, "no backup was made")
-            _refuse_backup_over(target, overwrite)
+            _refuse_over(target, overwrite)
             if overwrite:
                 os.replace(temporary, target)
             else:
@@ -3263,23 +3342,30 @@ class OperatorDb:
     def restore(self, path: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
         """Replace everything in this database by what a backup holds, as one transaction, once the backup has been checked.
 
-        Other threads and processes that have the database open go on with the new content. Raises StorageError when there
-        is no such file, or it is of an older schema, DamagedError when it is not sound, and what opening it raises.
+        Other threads and processes that have the database open go on with the new content; namespaces that are here and not
+        in the backup are empty then. It takes room for a copy beside the database. Raises StorageError when there is no such
+        file, or it is of an older schema, DamagedError when it is not sound, and what opening it raises.
         """
-        _refuse_open_file(_database_path(path))
-        with OperatorDb(path, read_only=True, timeout=self._store.timeout) as source:
-            _refuse_damaged(source, "nothing was restored")
-            names = self._store.other_tables()
-            self._store.copy_from(source._store, progress)
-            for name in names:  # those who have them open go on
-                self._store.ensure_table(name)
+        origin = _real_path(path)
+        if self._store.has_open(origin):
+            raise InvalidRecordError(f"{origin} is this database itself")
+        names = self._store.other_tables()
+        with _file_errors(f"cannot copy {origin}"), _new_file(self.path) as temporary:
+            with OperatorDb(origin, read_only=True, timeout=self._store.timeout) as source:
+                source._store.copy_to(temporary, None)
+            # what is checked is what is restored, and whoever has a namespace open goes on with it
+            with OperatorDb(temporary, durable=False) as copied:
+                for name in {*names, *copied._store.other_tables()}:
+                    copied._store.ensure_table(name)
+                _refuse_damaged(copied, f"nothing was restored from {origin}")
+                self._store.copy_from(copied._store, progress)
 
     @_timed
     def compact(self) -> int:
         """Rebuild the file without gaps, and return how many bytes smaller it and its WAL are.
 
-        It takes as much free space again as the file has, and holds writers up until it is done; `prune` does not, and gives
-        back what it freed by itself. Raises ConflictError inside a `transaction()` block.
+        It takes as much free space again as the file has, holds writers up until it is done, and cannot be interrupted; `prune`
+        gives back what it freed by itself, and does none of that. Raises ConflictError inside a `transaction()` block.
         """
         before = self._store.size()
         self._store.vacuum()
@@ -3319,30 +3405,34 @@ _EXPORTED: dict[str, type] = {
     "sessions": SessionState,
     "proofs": VerificationLog,
 }
+_LONGEST_LINE = 2**31  # bytes; a record is at most 1,000,000,000 in the database
 _PROTOTYPE_FIELDS = {"exported_at", "stats", "config", "tasks", "sessions"}
-
-
-def _refuse_open_file(path: str) -> None:
-    """Keep a database that is open in this process from being read or replaced as a plain file."""
-    for suffix in ("-wal", "-shm", ""):
-        if any(store.is_open_at(path.removesuffix(suffix)) for store in _all_stores()):
-            raise InvalidRecordError(f"{path} belongs to a database that is open here")
+_PROTOTYPE_TASK = {f.name for f in fields(TaskRecord)} - {"history"}
 
 
 def _refuse_damaged(db: OperatorDb, outcome: str) -> None:
     problems = db.check()
     if problems:
-        raise DamagedError(f"{db.path} has {len(problems)} problems, {outcome}: {problems[0]}")
+        raise DamagedError(f"{outcome}: {len(problems)} problems, {problems[0]}")
 
 
-def _refuse_backup_over(path: str, overwrite: bool) -> None:
-    """Raise StorageError where a backup would replace a file unasked, or become the database of another's WAL."""
+def _refuse_open(path: str) -> None:
+    """Keep the files of a database that is open in this process from being opened or replaced as plain ones."""
+    if any(store.has_open(path) for store in _all_stores()):
+        raise InvalidRecordError(f"{path} belongs to a database that is open here")
+
+
+def _refuse_over(path: str, overwrite: bool) -> None:
+    """Raise an error where a new file would replace what is no plain file, a live database, or anything unasked."""
+    _refuse_open(path)
     if os.path.lexists(path + "-wal"):
         raise StorageError(
-            f"{path}-wal is there: a database of this name is open, or was not closed; choose another"
+            f"{path}-wal is there: {path} is an open database, or was not closed; choose another name"
         )
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise StorageError(f"{path} is no regular file, and is not replaced by one")
     if os.path.lexists(path) and not overwrite:
-        raise StorageError(f"{path} is there already, and is not overwritten unless you say so")
+        raise StorageError(f"{path} is there already: choose another name, or overwrite it")
 
 
 def _appear(temporary: str, path: str) -> None:
@@ -3350,17 +3440,32 @@ def _appear(temporary: str, path: str) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        raise StorageError(f"{path} is there already, and is not overwritten unless you say so") from None
+        _refuse_over(path, overwrite=False)
     except OSError:  # no hard links here (Android, FAT)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
         os.replace(temporary, path)
 
 
 @contextmanager
-def _replaced(file: str | os.PathLike[str], *, mode: int = 0o600) -> Iterator[IO[bytes]]:
-    """Give a new file to write, which takes its place at a path at the end of the block, whole, or not at all."""
-    path = _database_path(file)
-    _refuse_open_file(path)
+def _output(file: _Place, mode: int = 0o600) -> Iterator[IO[bytes]]:
+    """Give a file to write. A path gets it at the end, whole or not at all; a stream, or what is no plain file, then gets it
+    sent, so that a slow reader holds nothing up.
+    """
+    import tempfile
+
+    if not isinstance(file, (str, bytes, os.PathLike)):
+        with tempfile.TemporaryFile() as spool:
+            with _file_errors("cannot write a temporary file"):
+                yield spool
+                spool.seek(0)
+            _send(spool, file)
+        return
+    path, given = _real_path(file), os.path.expanduser(os.fsdecode(file))
+    if given.startswith(("/dev/", "/proc/")) or (os.path.exists(given) and not os.path.isfile(given)):
+        with _file_errors(f"cannot write {given}"), open(given, "ab") as special, _output(special) as spool:
+            yield spool
+        return
+    _refuse_over(path, overwrite=True)
     with _file_errors(f"cannot write {path}"), _new_file(path) as temporary:
         with open(temporary, "wb") as new:
             yield new
@@ -3371,33 +3476,24 @@ def _replaced(file: str | os.PathLike[str], *, mode: int = 0o600) -> Iterator[IO
         _sync_directory(path)
 
 
-@contextmanager
-def _output(file: _Place) -> Iterator[IO[bytes]]:
-    """Give a file to write: a path's successor, or, for a stream or what is no regular file, a spool, sent at the end."""
-    import shutil
-    import tempfile
-
-    if isinstance(file, (str, os.PathLike)):
-        _database_path(file)  # raises for what is no path
-        if os.path.isfile(file) or not os.path.exists(file):
-            with _replaced(file) as new:
-                yield new
+def _send(spool: IO[bytes], stream: Any) -> None:
+    """Write a file to a stream, all of it: an unbuffered one may take less than it is given."""
+    binary = getattr(stream, "buffer", stream)  # that of sys.stdout, whose encoding may be anything
+    try:
+        if isinstance(binary, TextIOBase):
+            binary.writelines(line.decode() for line in spool)
         else:
-            where = f"cannot write {_short(file)}"
-            with _file_errors(where), open(file, "wb") as special, _output(special) as spool:
-                yield spool
-        return
-    with tempfile.TemporaryFile() as spool:
-        with _file_errors("cannot write a temporary file"):
-            yield spool
-            spool.seek(0)
-        stream: IO[Any] = getattr(file, "buffer", file)  # that of sys.stdout, whose encoding may be anything
-        file.flush()
-        if isinstance(stream, TextIOBase):
-            stream.writelines(line.decode() for line in spool)
-        else:
-            shutil.copyfileobj(spool, stream, 2**20)
-        stream.flush()
+            for chunk in iter(partial(spool.read, 2**20), b""):
+                sent = 0
+                while sent < len(chunk):
+                    taken = binary.write(chunk[sent:])
+                    if taken is None and isinstance(binary, RawIOBase):
+                        raise BlockingIOError("the stream takes no more, and does not block")
+                    sent += len(chunk) if taken is None else taken
+        if hasattr(stream, "flush"):
+            stream.flush()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise StorageError(f"the stream cannot be written: {error}") from error
 
 
 def _export(db: OperatorDb, file: _Place, include_secrets: bool, progress: Progress | None) -> None:
@@ -3408,7 +3504,9 @@ def _export(db: OperatorDb, file: _Place, include_secrets: bool, progress: Progr
             "format": _EXPORT_FORMAT,
             "schema_version": len(_MIGRATIONS),
             "exported_at": _now(),
-            "secrets": include_secrets,
+            "withheld": {}
+            if include_secrets
+            else {kind.name: sorted(kind.secrets) for kind in kinds if kind.secrets},
             "records": counts,
         }
         out.write(_encode_json(header).encode() + b"\n")
@@ -3425,8 +3523,11 @@ def _export(db: OperatorDb, file: _Place, include_secrets: bool, progress: Progr
 def _session_lines(db: OperatorDb) -> Iterator[str]:
     """Walk the sessions as lines of an export, each with its log."""
     for row in db._sessions.values():
-        record = _encode_json(_codec(SessionState).to_json(db._with_log(row)))
-        yield f'{{"namespace":"sessions","record":{record}}}\n'
+        yield f'{{"namespace":"sessions","record":{_session_text(db._with_log(row))}}}\n'
+
+
+def _session_text(session: SessionState) -> str:
+    return _encode_json(_codec(SessionState).to_json(session))
 
 
 @contextmanager
@@ -3436,8 +3537,6 @@ def _naming(where: str) -> Iterator[None]:
         yield
     except OperatorDbError as error:
         raise type(error)(f"{where}: {error}") from None
-    except OSError:
-        raise
     except Exception as error:  # an operator's own dataclass may raise anything
         raise InvalidRecordError(f"{where}: {error}") from None
 
@@ -3457,54 +3556,60 @@ def _json_object(text: bytes) -> dict[str, Any]:
     return document
 
 
-@contextmanager
-def _input(file: _Place) -> Iterator[Iterator[bytes]]:
-    """Give the lines of a path or of a stream, text or binary."""
-    if isinstance(file, (str, os.PathLike)):
-        path = _database_path(file)
-        _refuse_open_file(path)
-        with _file_errors(f"cannot read {path}"), open(path, "rb") as stream:
-            yield iter(stream)
-    else:
-        lines = iter(getattr(file, "buffer", file))
-        yield (line.encode() if isinstance(line, str) else line for line in lines)
+def _lines(file: _Place) -> Iterator[bytes]:
+    """Read the lines of a path or of a stream, text or binary."""
+    if isinstance(file, (str, bytes, os.PathLike)):
+        _refuse_open(_real_path(file))
+        given = os.path.expanduser(os.fsdecode(file))
+        with _file_errors(f"cannot read {given}"), open(given, "rb") as stream:
+            yield from _lines(stream)
+        return
+    try:
+        source: Any = getattr(file, "buffer", file)
+        while line := source.readline(_LONGEST_LINE):
+            # a lone surrogate is found to be no UTF-8 where the place of the line is known
+            yield line if isinstance(line, bytes) else line.encode(errors="surrogatepass")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise StorageError(f"the stream cannot be read: {error}") from None
 
 
 def _entries(file: _Place, counts: dict[str, Counter[str]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read an export, ours or the prototype's, as pairs of a place in the input and a line as we write it."""
-    with _input(file) as lines:
-        first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")
-        header = {}
-        with suppress(ValueError):
-            header = _json_object(first)
-        if "format" in header:
-            yield from _our_entries(header, lines)
-            return
-        with _naming("the input"):
-            if not first.lstrip().startswith(b"{"):
-                raise ValueError("it is neither an export of operator_db nor one of the prototype's")
-            document = _json_object(first + b"".join(lines))
-        yield from _prototype_entries(document, counts)
+    lines = _lines(file)
+    first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")
+    header: dict[str, Any] = {}
+    with suppress(ValueError):
+        header = _json_object(first)
+    if "format" in header:
+        yield from _our_entries(header, lines)
+        return
+    with _naming("the input"):
+        if not first.lstrip().startswith(b"{"):
+            raise ValueError("it is neither an export of operator_db nor one of the prototype's")
+        document = _json_object(first + b"".join(lines))
+    yield from _prototype_entries(document, counts)
 
 
 def _our_entries(header: dict[str, Any], lines: Iterator[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
     with _naming("line 1"):
-        version, wanted = header.get("schema_version"), header.get("records")
+        version, wanted, withheld = (header.get(name) for name in ("schema_version", "records", "withheld"))
         if header["format"] != _EXPORT_FORMAT or type(version) is not int or version > len(_MIGRATIONS):
             raise NewerSchemaError(
                 f"the format is {_short(header['format'])}, the schema {_short(version)}; this module knows"
                 f" {_EXPORT_FORMAT!r} and {len(_MIGRATIONS)}: update operator_db.py"
             )
-        if type(wanted) is not dict:
-            raise ValueError("the header does not say how many records there are")
-    found: Counter[str] = Counter()
+        if type(wanted) is not dict or type(withheld) is not dict:
+            raise ValueError("the header does not say how many records there are, and what is withheld")
+    found: Counter[Any] = Counter()
     for number, line in enumerate(lines, 2):
         if not line.isspace():
             with _naming(f"line {number}"):
                 entry = _json_object(line)
-            found[str(entry.get("namespace"))] += 1
+                name = entry.get("namespace")
+                found[name] += 1
+                entry["withheld"] = withheld.get(name, [])
             yield f"line {number}", entry
-    for name in sorted({*wanted, *found}):
+    for name in sorted({*wanted, *found}, key=str):
         if wanted.get(name, 0) != found[name]:
             raise InvalidRecordError(
                 f"the header says {_short(wanted.get(name, 0))} records of {_short(name)}, the input holds"
@@ -3528,190 +3633,214 @@ def _prototype_entries(
                 raise ValueError(
                     f"stats.{name} is {_short(stats[name])}, it holds {len(found)}: it is not whole"
                 )
-        if stats.get("total_proofs"):
-            counts["proofs"]["left_behind"] = int(stats["total_proofs"])
+        if left_behind := _check_count("stats.total_proofs", stats.get("total_proofs", 0)):
+            counts["proofs"]["left_behind"] = left_behind
     if document.get("config") is not None:
         with _naming("config"):
             config = {name: value for name, value in document["config"].items() if value is not None}
             if "rpc_url" in config:
                 config["rpc_endpoints"] = [config.pop("rpc_url")]
-        yield "config", {"namespace": "config", "record": config}
+        yield "config", {"namespace": "config", "record": config, "withheld": []}
+    codec = _codec(TaskRecord)
     for place, task in enumerate(tasks):
+        with _naming(f"tasks[{place}]"):
+            if missing := sorted(_PROTOTYPE_TASK - task.keys()):
+                raise ValueError(f"{missing[0]} is missing")
         with _naming(f"tasks[{place}].payload"):
-            payload = bytes(_json_list(task["payload"]))
-        yield f"tasks[{place}]", {"namespace": "tasks", "record": task | {"payload": _base64(payload)}}
+            if not all(type(byte) is int for byte in _json_list(task["payload"])):
+                raise ValueError("it is not an array of numbers")
+            given = task | {"payload": _base64(bytes(task["payload"]))}
+        with _naming(f"tasks[{place}]"):  # made as any task is, which begins its history
+            record = codec.to_json(codec.from_json(dict(given)))
+            _refuse_unlike("tasks", given | {"history": record["history"]}, record)
+        yield f"tasks[{place}]", {"namespace": "tasks", "record": record, "withheld": []}
     for place, session in enumerate(sessions):
-        yield f"sessions[{place}]", {"namespace": "sessions", "record": session}
+        yield f"sessions[{place}]", {"namespace": "sessions", "record": session, "withheld": []}
 
 
 def _import(db: OperatorDb, file: _Place, progress: Progress | None) -> dict[str, Counter[str]]:
     import tempfile
 
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    total = 0
     with _file_errors("cannot write a temporary file"), tempfile.TemporaryFile() as staged:
+        total = 0
         for where, entry in _entries(file, counts):
             with _naming(where):
-                line = _encode_json([where, entry]).encode()
-                _take(db, entry, store=False)
-            staged.write(line + b"\n")
+                line = _encode_json([where, entry])  # before the check, which uses the record up
+                staged_line = f"[{line},{_encode_json(_row_of_entry(db, entry))}]\n".encode()
+            staged.write(staged_line)
             total += 1
             if progress is not None:
                 progress(total, 0)
         staged.seek(0)
         with db.transaction():
-            for done, line in enumerate(staged, 1):
-                where, entry = json.loads(line)
+            for done, staged_line in enumerate(staged, 1):
+                (where, entry), row = json.loads(staged_line)
                 with _naming(where):
-                    counts[entry["namespace"]][_take(db, entry, store=True)] += 1
+                    kind = _kind_of(db, entry)
+                    if kind.name not in counts:
+                        db._store.ensure_table(kind.name)
+                    added = row is not None and kind.put_row(row)
+                    counts[kind.name]["added" if added else _take(db, kind, entry)] += 1
                 if progress is not None:
                     progress(done, total)
     return dict(counts)
 
 
-def _take(db: OperatorDb, entry: dict[str, Any], *, store: bool) -> str:
-    """Store one line of an export and return what became of it; or only check it."""
-    name, document = entry.get("namespace"), entry.get("record")
-    own = _is_namespace_name(name)
-    if not isinstance(name, str) or not (own or name in _EXPORTED):
+def _kind_of(db: OperatorDb, entry: dict[str, Any]) -> Namespace[Any]:
+    """Return the namespace of a line; raise ValueError for a line that is not shaped as ours are."""
+    name = entry.get("namespace")
+    if not isinstance(name, str) or not (name in _EXPORTED or _is_namespace_name(name)):
         raise ValueError(f"there is no namespace {_short(name)}")
-    wanted = {"namespace", "record", *(("key", "status", "at") if own else ())}
-    if entry.keys() != wanted or type(document) is not dict:
+    wanted = {"namespace", "record", *(() if name in _EXPORTED else ("key", "status", "at"))}
+    if entry.keys() - {"withheld"} != wanted or type(entry["record"]) is not dict:
         raise ValueError(f"it must hold exactly {', '.join(sorted(wanted))}, the record being a JSON object")
-    namespace = db._namespaces.get(name)
-    if namespace is None:
-        return _take_plain(db, name, entry, document, store)
-    codec: _Codec[Any] = _codec(_EXPORTED.get(name, namespace.record_type))
-    withheld = [
-        each for each in codec.secrets if _is_withheld(f"{name}.{each}", document.get(each, _REDACTED))
-    ]
-    stored = None
-    if withheld:
-        if not store and codec.requires(withheld):
-            return ""  # what is stored will be looked at under the lock
-        stored = _readable(namespace, entry.get("key", OperatorConfig.operator_id)) if store else None
-        kept = {} if stored is None else {each: codec.to_json(stored)[each] for each in withheld}
-        document = {each: value for each, value in document.items() if each not in withheld} | kept
-    record = codec.from_json(dict(document))
-    if lost := _lost(document, codec.to_json(record)):
-        raise ValueError(f"{name}{lost} is not known")
-    if own and entry["key"] != namespace.id_of(record):
-        raise ValueError(
-            f"its key is {_short(entry['key'])}, that of its record {_short(namespace.id_of(record))}"
-        )
-    return _TAKERS.get(name, _take_record)(db, namespace, record) if store else ""
+    return db._namespaces.get(name) or _PlainNamespace(db._store, name)
 
 
-def _is_withheld(field_name: str, value: Any) -> bool:
-    """Whether an export did not say a secret; raise ValueError where it was written over in part."""
+def _row_of_entry(db: OperatorDb, entry: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Check a line, and return the row that it is where nothing is stored yet; None where that has to be looked at."""
+    kind = _kind_of(db, entry)
+    if kind.name == "sessions":
+        _session_of(entry)
+        return None
+    return None if _withheld(kind, entry) else _full_row(kind, entry)
+
+
+def _full_row(kind: Namespace[Any], entry: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the row of a line that withholds nothing; one of the operator's own namespaces is stored as it was written."""
+    document = entry["record"]
+    if kind.name in _EXPORTED:
+        record = kind.record_of(document)
+        _refuse_unlike(kind.name, document, kind.document_of(record))
+        if isinstance(record, TaskRecord) and OperatorDb._settle(record):
+            raise ValueError("its history does not end with its status and its signature")
+        return kind.row_of(record)
+    row = kind.row_as_written(entry["key"], entry["status"], entry["at"], document)
+    if not isinstance(kind, _PlainNamespace):
+        of_record = kind.row_of(kind.record_of(document))
+        if (of_record[0], *of_record[2:4]) != (row[0], *row[2:4]):
+            raise ValueError(f"its key, status and age are not those of its record: {_short(of_record[0])}")
+    return row
+
+
+def _session_of(entry: dict[str, Any]) -> SessionState:
+    document, codec = entry["record"], _codec(SessionState)
+    session = codec.from_json(dict(document))
+    _refuse_unlike("sessions", document, codec.to_json(session))
+    return session
+
+
+def _refuse_unlike(name: str, document: dict[str, Any], made: dict[str, Any]) -> None:
+    """Raise ValueError when a JSON object has a field that the record made of it lacks, or lacks one that this has."""
+    if unknown := _first_lost(document, made):
+        raise ValueError(f"{name}{unknown} is not known")
+    if missing := _first_lost(made, document):
+        raise ValueError(f"{name}{missing} is missing")
+
+
+def _first_lost(given: Any, kept: Any) -> str:
+    """Return the first field within a JSON document that another lacks; empty if there is none."""
+    if type(given) is dict and type(kept) is dict:
+        missing = next((f".{name}" for name in given if name not in kept), "")
+        deeper = ((f".{name}", value, kept.get(name)) for name, value in given.items())
+    elif type(given) is list and type(kept) is list:
+        missing = ""
+        deeper = ((f"[{n}]", *pair) for n, pair in enumerate(zip(given, kept, strict=False)))
+    else:
+        return ""
+    return missing or next((place + lost for place, *pair in deeper if (lost := _first_lost(*pair))), "")
+
+
+def _withheld(kind: Namespace[Any], entry: dict[str, Any]) -> list[str]:
+    """Return the fields that a line does not say: those written as `***`, and of the configuration also absent ones."""
+    document, known = entry["record"], kind.secrets or entry["withheld"]
+    withheld = [name for name in known if _is_redacted(document.get(name))]
+    if kind.name == "config":
+        withheld += [f.name for f in fields(OperatorConfig) if f.name not in document]
+    return withheld
+
+
+def _is_redacted(value: Any, *, within: bool = False) -> bool:
+    """Whether a secret is not said; raise ValueError for one that is said in part."""
     if value == _REDACTED:
         return True
-    within = value.values() if type(value) is dict else value if type(value) is list else ()
-    if _REDACTED in within:
-        raise ValueError(
-            f"{field_name} holds {_REDACTED} beside other values: leave it out, or give it whole"
-        )
+    parts = value.values() if type(value) is dict else value if type(value) is list else ()
+    if any(_is_redacted(part, within=True) for part in parts):
+        if within:
+            return True
+        raise ValueError(f"a secret holds {_REDACTED} beside other values: leave it out, or give it whole")
     return False
 
 
-def _lost(given: Any, kept: Any) -> str:
-    """Return the first field of a JSON document that is not in another, which was made of it; empty if there is none."""
-    if type(given) is dict and type(kept) is dict:
-        pairs = [(f".{name}", value, kept.get(name)) for name, value in given.items()]
-        missing = [f".{name}" for name in given if name not in kept]
-    elif type(given) is list and type(kept) is list:
-        pairs, missing = [(f"[{n}]", *pair) for n, pair in enumerate(zip(given, kept, strict=False))], []
-    else:
-        return ""
-    deeper = (place + lost for place, *pair in pairs if (lost := _lost(*pair)))
-    return missing[0] if missing else next(deeper, "")
-
-
-def _readable(namespace: Namespace[R], record_id: str) -> R | None:
-    """Return a stored record, None where there is none or it cannot be read."""
-    with suppress(DamagedError):
-        return namespace.get(record_id)
-    return None
-
-
-def _take_task(db: OperatorDb, namespace: Namespace[Any], task: TaskRecord) -> str:
-    stored = _readable(namespace, task.task_id)
-    known = len(task.history)
-    if stored and len(stored.history) > known and stored.history[:known] == task.history:
-        return "unchanged"  # it has moved on since
-    db.store_task(task)
-    return "unchanged" if stored == task else "added" if stored is None else "replaced"
-
-
-def _take_session(db: OperatorDb, _: Namespace[Any], session: SessionState) -> str:
-    stored = db.get_session(session.session_id)
-    if stored is not None:
-        said, commands = len(session.transcript), len(session.command_history)
-        older = (stored.transcript[:said], stored.command_history[:commands]) == (
-            session.transcript,
-            session.command_history,
+def _take(db: OperatorDb, kind: Namespace[Any], entry: dict[str, Any]) -> str:
+    """Store a checked line where something may be stored already; return `added`, `replaced` or `unchanged`."""
+    if kind.name == "sessions":
+        return _take_session(db, _session_of(entry))
+    withheld = _withheld(kind, entry)
+    if withheld:
+        # a damaged record raises: what it holds is not given up for ***
+        stored = kind.get(entry.get("key", OperatorConfig.operator_id))
+        held = {} if stored is None else kind.document_of(stored)
+        document = {name: value for name, value in entry["record"].items() if name not in withheld}
+        entry["record"] = (
+            document | kind.defaults(withheld) | {each: held[each] for each in withheld if each in held}
         )
-        if older and (len(stored.transcript), len(stored.command_history)) != (said, commands):
-            return "unchanged"  # it has gone on since
-    db.store_session(session)
-    return "unchanged" if stored == session else "added" if stored is None else "replaced"
+        if lacking := sorted(set(withheld) - entry["record"].keys()):
+            raise ValueError(
+                f"{kind.name}.{lacking[0]} is {_REDACTED}, and nothing is stored that could be kept"
+            )
+    row = _full_row(kind, entry)
+    if kind.name == "tasks":
+        return _take_task(db, kind, row)
+    if kind.name == "proofs":
+        return _take_proof(db, kind, row)
+    return kind.replace_row(row)
 
 
-def _take_proof(db: OperatorDb, namespace: Namespace[Any], log: VerificationLog) -> str:
-    if db.store_proof(log):
-        return "added"
-    stored = cast(VerificationLog, namespace.get(log.task_id))
-    if not log.submitted or stored.submitted:
-        return "unchanged"
-    namespace.put(replace(stored, submitted=True, submission_signature=log.submission_signature))
+def _take_task(db: OperatorDb, kind: Namespace[Any], row: tuple[Any, ...]) -> str:
+    task, stored = kind.record_of(json.loads(row[1])), None
+    with suppress(DamagedError):
+        stored = kind.get(task.task_id)
+    if stored is not None:
+        known = len(task.history)
+        goes_on = stored.history[:known] == task.history and len(stored.history) > known
+        diverged = task.history[: len(stored.history)] != stored.history
+        if (
+            goes_on
+            or kind.row_of(stored) == row
+            or (diverged and stored.history[-1].at >= task.history[-1].at)
+        ):
+            return "unchanged"
+    db.store_task(task)
     return "replaced"
 
 
-def _take_record(_: OperatorDb, namespace: Namespace[Any], record: Any) -> str:
-    stored = _readable(namespace, namespace.id_of(record))
-    if stored == record:
-        return "unchanged"
-    namespace.put(record)
-    return "added" if stored is None else "replaced"
+def _take_session(db: OperatorDb, session: SessionState) -> str:
+    stored = db.get_session(session.session_id)
+    if stored is not None:
+        said, commands = len(session.transcript), len(session.command_history)
+        begins = (stored.transcript[:said], stored.command_history[:commands])
+        goes_on = (len(stored.transcript), len(stored.command_history)) != (said, commands)
+        if stored == session or (begins == (session.transcript, session.command_history) and goes_on):
+            return "unchanged"
+    db.store_session(session)
+    return "replaced" if stored else "added"
 
 
-_TAKERS: dict[str, Callable[[OperatorDb, Namespace[Any], Any], str]] = {
-    "tasks": _take_task,
-    "sessions": _take_session,
-    "proofs": _take_proof,
-}
-
-
-def _take_plain(
-    db: OperatorDb, name: str, entry: dict[str, Any], document: dict[str, Any], store: bool
-) -> str:
-    """Store a record of a namespace whose dataclass this process does not know."""
-    key, status, at = entry["key"], entry["status"], entry["at"]
-    if not (
-        _ID.holds(key)
-        and (status is None or _is_text(status))
-        and (at is None or (type(at) is int and -(2**63) <= at < 2**63))
-        and _is_json(document)
+def _take_proof(db: OperatorDb, kind: Namespace[Any], row: tuple[Any, ...]) -> str:
+    log = kind.record_of(json.loads(row[1]))
+    if db.store_proof(log):
+        return "replaced"  # one that could not be read
+    stored = cast(VerificationLog, kind.get(log.task_id))
+    if (stored.submitted, stored.submission_signature or log.submission_signature) == (
+        log.submitted or stored.submitted,
+        stored.submission_signature,
     ):
-        raise ValueError(
-            "key must be printable text, status text or null, at Unix seconds or null, and record JSON"
-        )
-    if not store:
-        return ""
-    db._store.ensure_table(name)
-    namespace = _PlainNamespace(db._store, name)
-    stored = _readable(namespace, key)
-    for each in [each for each, value in document.items() if value == _REDACTED]:
-        if stored is None or each not in stored:
-            raise ValueError(
-                f"{name}.{each} is {_REDACTED}, and nothing is stored that could be kept: export with the secrets,"
-                " or import it where namespace() was called for it"
-            )
-        document[each] = stored[each]
-    if stored == document:
         return "unchanged"
-    namespace.put_plain(key, status, at, document)
-    return "added" if stored is None else "replaced"
+    signature = stored.submission_signature or log.submission_signature
+    kind.put(replace(stored, submitted=True, submission_signature=signature))
+    return "replaced"
 
 
 # ======================================================================================================================
@@ -4331,7 +4460,7 @@ def _backup(db: OperatorDb, options: Any) -> int:
     """
     with _progress("backup") as progress:
         db.backup(options.dest, overwrite=options.overwrite, progress=progress)
-    path = _database_path(options.dest)
+    path = _real_path(options.dest)
     told = f"{_shown(path)}: {_size_text(_size(path))}, checked; it holds the keys that the database holds"
     return _print_facts(options, {"path": path, "bytes": _size(path)}, told)
 
@@ -4385,8 +4514,8 @@ def _verify(_: None, options: Any) -> int:
 
     verify bundle.json --evidence-hash 33b3287ebcf5c40d42c31f90c9b10edac79a0dd65592e7c16631e62a67566446
     """
-    with _naming(options.file), _input(sys.stdin if options.file == "-" else options.file) as lines:
-        bundle = _json_object(b"".join(lines))
+    with _naming(options.file):
+        bundle = _json_object(b"".join(_lines(sys.stdin if options.file == "-" else options.file)))
     problems = verify_dispute_bundle(bundle, evidence_hash=options.evidence_hash)
     against = "the hash given" if options.evidence_hash else "itself: give the hash on chain to be sure"
     told = "\n".join(map(_shown, problems)) or f"the bundle holds, checked against {against}"
@@ -4501,12 +4630,11 @@ def main(argv: list[str] | None = None) -> int:
         status = _run(_options(argv))
         sys.stdout.flush()
         return status
-    except OperatorDbError as error:
-        print(f"operator_db: {_shown(error)}", file=sys.stderr)
-    except OSError as error:  # of standard output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter tries again when it ends
-        if not isinstance(error, BrokenPipeError):
-            print(f"operator_db: standard output: {error.strerror}", file=sys.stderr)
+    except (OperatorDbError, OSError) as error:  # the latter of standard output
+        if not isinstance(error, OperatorDbError) or error.__cause__:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter tries again when it ends
+        if not isinstance(error.__cause__ or error, BrokenPipeError):
+            print(f"operator_db: {_shown(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         print("operator_db: interrupted", file=sys.stderr)
         return 130
