@@ -3355,8 +3355,11 @@ class OperatorDb:
                 source._store.copy_to(temporary, None)
             # what is checked is what is restored, and whoever has a namespace open goes on with it
             with OperatorDb(temporary, durable=False) as copied:
-                for name in {*names, *copied._store.other_tables()}:
-                    copied._store.ensure_table(name)
+                try:
+                    for name in {*names, *copied._store.other_tables()}:
+                        copied._store.ensure_table(name)
+                except ForeignFileError as error:
+                    raise ForeignFileError(str(error).replace(temporary, origin)) from None
                 _refuse_damaged(copied, f"nothing was restored from {origin}")
                 self._store.copy_from(copied._store, progress)
 
