@@ -3630,7 +3630,9 @@ def _prototype_entries(
             named = f": {_short(unknown[0])} is not known" if unknown else ""
             raise ValueError("it is neither an export of operator_db nor one of the prototype's" + named)
         stats = document.get("stats") or {}
-        tasks, sessions = _json_list(document["tasks"]), _json_list(document.get("sessions") or [])
+        tasks, sessions = document["tasks"], document.get("sessions") or []
+        if type(tasks) is not list or type(sessions) is not list:
+            raise ValueError("tasks and sessions must be JSON arrays")
         for name, found in (("total_tasks", tasks), ("total_sessions", sessions)):
             if stats.get(name, len(found)) != len(found):
                 raise ValueError(
@@ -3669,7 +3671,7 @@ def _import(db: OperatorDb, file: _Place, progress: Progress | None) -> dict[str
         total = 0
         for where, entry in _entries(file, counts):
             with _naming(where):
-                line = _encode_json([where, entry])  # before the check, which uses the record up
+                line = json.dumps([where, entry])  # before the check, which uses the record up
                 staged_line = f"[{line},{_encode_json(_row_of_entry(db, entry))}]\n".encode()
             staged.write(staged_line)
             total += 1
@@ -3707,7 +3709,22 @@ def _row_of_entry(db: OperatorDb, entry: dict[str, Any]) -> tuple[Any, ...] | No
     if kind.name == "sessions":
         _session_of(entry)
         return None
-    return None if _withheld(kind, entry) else _full_row(kind, entry)
+    withheld = _withheld(kind, entry)
+    if not withheld:
+        return _full_row(kind, entry)
+    filled = _filled(kind, entry, withheld, {})
+    if not set(withheld) - filled.keys():
+        _full_row(kind, entry | {"record": filled})
+    return None
+
+
+def _filled(
+    kind: Namespace[Any], entry: dict[str, Any], withheld: list[str], held: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a line's record with what is held, or else its defaults, for what it withholds."""
+    given = {name: value for name, value in entry["record"].items() if name not in withheld}
+    kept = {name: held[name] for name in withheld if name in held}
+    return given | kind.defaults(withheld) | kept
 
 
 def _full_row(kind: Namespace[Any], entry: dict[str, Any]) -> tuple[Any, ...]:
@@ -3758,7 +3775,10 @@ def _first_lost(given: Any, kept: Any) -> str:
 def _withheld(kind: Namespace[Any], entry: dict[str, Any]) -> list[str]:
     """Return the fields that a line does not say: those written as `***`, and of the configuration also absent ones."""
     document, known = entry["record"], kind.secrets or entry["withheld"]
-    withheld = [name for name in known if _is_redacted(document.get(name))]
+    withheld = []
+    for name in known:
+        with _naming(f"{kind.name}.{name}"):
+            withheld += [name] if _is_redacted(document.get(name)) else []
     if kind.name == "config":
         withheld += [f.name for f in fields(OperatorConfig) if f.name not in document]
     return withheld
@@ -3772,7 +3792,7 @@ def _is_redacted(value: Any, *, within: bool = False) -> bool:
     if any(_is_redacted(part, within=True) for part in parts):
         if within:
             return True
-        raise ValueError(f"a secret holds {_REDACTED} beside other values: leave it out, or give it whole")
+        raise ValueError(f"it holds {_REDACTED} beside other values: leave it out, or give it whole")
     return False
 
 
@@ -3785,10 +3805,7 @@ def _take(db: OperatorDb, kind: Namespace[Any], entry: dict[str, Any]) -> str:
         # a damaged record raises: what it holds is not given up for ***
         stored = kind.get(entry.get("key", OperatorConfig.operator_id))
         held = {} if stored is None else kind.document_of(stored)
-        document = {name: value for name, value in entry["record"].items() if name not in withheld}
-        entry["record"] = (
-            document | kind.defaults(withheld) | {each: held[each] for each in withheld if each in held}
-        )
+        entry["record"] = _filled(kind, entry, withheld, held)
         if lacking := sorted(set(withheld) - entry["record"].keys()):
             raise ValueError(
                 f"{kind.name}.{lacking[0]} is {_REDACTED}, and nothing is stored that could be kept"
@@ -4089,13 +4106,12 @@ def self_check(db_path: str | os.PathLike[str] | None = None, *, as_json: bool =
 # ======================================================================================================================
 
 _ABOUT = """\
-Look after the database of an AgenC operator. Without a command: try the promises of this module on a scratch
-database, then look for problems in the operator's own.
+Look after the database of an AgenC operator. Without a command: try the promises of this module on a scratch database, then
+look for problems in the operator's own.
 
-Looking works beside a running operator, changes nothing and creates nothing. PATH is the file of --db-path, else of
-the environment's AGENC_DB_PATH, else ~/.agenc/operator.db. Secrets are shown as ***; those of an operator's own
-namespaces are known to its code alone, and shown as they are. Exit status: 0 done, 1 failed or a problem found,
-2 wrong usage."""
+Looking works beside a running operator, changes nothing and creates nothing. PATH is the file of --db-path, else of the
+environment's AGENC_DB_PATH, else ~/.agenc/operator.db. Secrets are shown as ***; those of an operator's own namespaces are
+known to its code alone, and shown as they are. Exit status: 0 done, 1 failed or a problem found, 2 wrong usage."""
 
 
 def _shown(value: object) -> str:
@@ -4269,9 +4285,14 @@ def _stats(db: OperatorDb, options: Any) -> int:
     if options.json:
         _print_json({name: value for name, value in vars(stats).items() if name != "operations"})
         return 0
-    files = ", ".join(f"{name} {_size_text(size)}" for name, size in stats.files.items() if size)
-    print(f"{_shown(stats.path)}: {files}; {_size_text(stats.free)} free")
-    print(f"{stats.unsubmitted_proofs:,} proofs wait to be submitted\n")
+    files = ", ".join(f"{name} {_size_text(stats.files[name])}" for name in ("database", "wal"))
+    facts = [
+        ("files", files),
+        ("unused", _size_text(stats.free)),
+        ("unsubmitted proofs", f"{stats.unsubmitted_proofs:,}"),
+    ]
+    _print_table(("database", stats.path), facts)
+    print()
     _print_bars("tasks by status", {str(name): count for name, count in stats.tasks.items()}, "{:,}".format)
     print()
     _print_bars("records by namespace", stats.records, "{:,}".format)
@@ -4529,7 +4550,8 @@ def _verify(_: None, options: Any) -> int:
 def _options(argv: list[str] | None) -> Any:
     """Parse the command line; exits with status 2 when it is wrong."""
     import argparse
-    from textwrap import dedent
+    import shutil
+    from textwrap import fill
 
     def kind(parse: Callable[[str], Any], holds: Callable[[Any], bool], says: str) -> Callable[[str], Any]:
         def convert(text: str) -> Any:
@@ -4539,6 +4561,11 @@ def _options(argv: list[str] | None) -> Any:
             raise argparse.ArgumentTypeError(f"{_short(text)} is not {says}")
 
         return convert
+
+    width = max(20, shutil.get_terminal_size().columns - 2)  # as argparse does
+
+    def wrapped(text: str) -> str:
+        return "\n\n".join(fill(" ".join(part.split()), width) for part in text.split("\n\n"))
 
     days = kind(float, lambda v: 0 <= v < 10**9, "a number of days")
     status = kind(TaskStatus, bool, f"a status: {', '.join(TaskStatus)}")
@@ -4575,12 +4602,15 @@ def _options(argv: list[str] | None) -> Any:
         name: [part.strip() for part in (command.run.__doc__ or "").split("\n\n")]
         for name, command in _COMMANDS.items()
     }
-    listed = "\n".join(f"  {name:13}  {says}" for name, (says, _, _) in helps.items())
+    listed = "\n".join(
+        fill(f"  {name:13}  {says}", width, subsequent_indent=" " * 17)
+        for name, (says, _, _) in helps.items()
+    )
     parser = argparse.ArgumentParser(
         prog="operator_db.py",
-        usage="operator_db.py [--db-path PATH] [--json] [COMMAND ...]",
-        description=_ABOUT,
-        epilog=f"commands, of which COMMAND --help says more, with an example:\n{listed}",
+        usage="operator_db.py [OPTIONS] [COMMAND ...]",
+        description=wrapped(_ABOUT),
+        epilog=f"commands (COMMAND --help says more):\n{listed}",
         parents=[common],
         **shape,
     )
@@ -4591,7 +4621,7 @@ def _options(argv: list[str] | None) -> Any:
         one = commands.add_parser(
             name,
             parents=[common],
-            description=f"{says[0].upper()}{says[1:]}.\n\n{dedent(' ' * 4 + more)}",
+            description=wrapped(f"{says[0].upper()}{says[1:]}.\n\n{more}"),
             epilog=f"example:\n  python operator_db.py {example}",
             **shape,
         )
@@ -4630,7 +4660,10 @@ def main(argv: list[str] | None = None) -> int:
         elif hasattr(stream, "reconfigure") and name != "stdin":
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = _run(_options(argv))
+        try:
+            status = _run(_options(argv))
+        except SystemExit as left:  # help, versions, or wrong usage, printed by argparse
+            status = int(left.code or 0)
         sys.stdout.flush()
         return status
     except (OperatorDbError, OSError) as error:  # the latter of standard output

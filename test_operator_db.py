@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import dataclasses
+import errno
+import fcntl
 import gc
 import hashlib
 import io
@@ -21,24 +23,30 @@ import random
 import re
 import resource
 import select
+import shlex
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import traceback
 import tracemalloc
+import unicodedata
 import unittest
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum, Flag
-from io import StringIO
+from functools import partial
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -3945,6 +3953,1501 @@ class Hostile(FaultCase):
             for name in good:
                 self.assertTrue(db.delete_task(name) and db.delete_session(name))
             self.assertEqual((list(db.iter_tasks()), db.list_sessions(), db.check()), ([], [], []))
+
+
+# ---- what leaves and enters, and what people see of it
+
+
+def records(db: OperatorDb, *, include_secrets: bool = True) -> list[bytes]:
+    """Return the lines of an export, without the header."""
+    out = BytesIO()
+    db.export(out, include_secrets=include_secrets)
+    return out.getvalue().splitlines()[1:]
+
+
+def held(path: str) -> list[bytes]:
+    """Return the lines of an export of a file, as a process sees it that knows no namespace in it."""
+    with OperatorDb(path, read_only=True) as db:
+        return records(db)
+
+
+def stopped(act: Callable[[Callable[[int, int], None]], object], part: float = 0.5) -> Forked:
+    """Return a child that has come so far with a long work, and waits there to be killed."""
+
+    def work(say: Callable[[object], None]) -> None:
+        def progress(done: int, total: int) -> None:
+            if total and done >= total * part:
+                say("so far")
+                signal.pause()
+
+        act(progress)
+
+    child = Forked(work)
+    child.line()
+    return child
+
+
+def interrupting(part: float) -> Callable[[int, int], None]:
+    """Return a progress function that is Ctrl-C when so much of the work is done."""
+
+    def progress(done: int, total: int) -> None:
+        if total and done >= total * part:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+class TransferCase(FaultCase):
+    """A database with some of everything, and a second path."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.fill(tasks=10)
+        self.other = os.path.join(self.folder, "other.db")
+        self.file = os.path.join(self.folder, "operator.jsonl")
+
+    def fill_large(self, path: str) -> None:
+        """Make a database that takes a backup several steps."""
+        with OperatorDb(path, durable=False) as db, db.transaction():
+            put(db, *(f"large{n}" for n in range(90)), payload=bytes(70_000))
+
+    def store_secrets(self, db: OperatorDb) -> None:
+        """Store a secret in each of four places."""
+        db.store_config(OperatorConfig(keypairs={"main": SECRET}, rpc_endpoints=[f"https://x/?key={SECRET}"]))
+        db.namespace("tallies", Tally, key="name").put(Tally(name="two", pin=SECRET))
+        wallet = Wallet(owner="me", tallies=[Tally(name="in", pin=SECRET)])
+        db.namespace("wallets", Wallet, key="owner").put(wallet)
+
+    def pair(self, db: OperatorDb, value: int) -> None:
+        """Change two records together, the first and the last that are walked."""
+        with db.transaction():
+            put(db, "+first", "~last", reward_lamports=value)
+
+    def refused(self, error: type[OperatorDbError], action: Callable[[], object], *words: str) -> str:
+        """Fail unless the action raises the error with these words, and without the secret anywhere."""
+        with self.assertRaises(error) as caught:
+            action()
+        for word in words:
+            self.assertIn(word, str(caught.exception))
+        self.assertNotIn(SECRET, "".join(traceback.format_exception(caught.exception)))
+        return str(caught.exception)
+
+    def names(self) -> set[str]:
+        """Return the names of the files in the folder, without those that SQLite keeps beside an open database."""
+        return {name for name in os.listdir(self.folder) if not re.search(r"\.db-(wal|shm)$", name)}
+
+    @contextmanager
+    def unchanged(self, path: str = "") -> Iterator[None]:
+        """Fail when a record of the database changes, or a file appears or goes in the block."""
+        path = path or self.path
+        before, names = held(path), self.names()
+        yield
+        self.assertTrue(
+            held(path) == before, "a record has changed"
+        )  # a difference would be long in the making
+        self.assertEqual(self.names(), names)
+
+
+class AnExport(TransferCase):
+    def test_is_one_snapshot_while_a_writer_goes_on(self) -> None:
+        with OperatorDb(self.path) as db:
+            self.pair(db, 0)
+            out, values = BytesIO(), itertools.count(1)
+            db.export(out, progress=lambda *_: in_threads(lambda: self.pair(db, next(values))))
+            self.assertGreater(next(values), 20)
+        header, *entries = map(json.loads, out.getvalue().splitlines())
+        rewards = {e["record"].get("task_id"): e["record"].get("reward_lamports") for e in entries}
+        self.assertEqual((rewards["+first"], rewards["~last"]), (0, 0))
+        self.assertEqual(header["records"], Counter(entry["namespace"] for entry in entries))
+
+    def test_and_an_import_take_memory_for_a_record_and_not_for_the_whole(self) -> None:
+        peaks: dict[str, list[int]] = {"export": [], "import": []}
+        for count in (5, 100):
+            with OperatorDb(self.other + str(count), durable=False) as db:
+                with db.transaction():
+                    put(db, *map(str, range(count)), payload=bytes(50_000))
+                for name, work in (("export", db.export), ("import", db.import_)):
+                    tracemalloc.start()
+                    work(self.file)
+                    peaks[name].append(tracemalloc.get_traced_memory()[1])
+                    tracemalloc.stop()
+        for name, (few, many) in peaks.items():
+            self.assertLess(many, few + 3_000_000, name)
+        with OperatorDb(self.path, durable=False) as db:  # and nothing is kept for each, however small
+            with db.transaction():
+                put(db, *map(str, range(2000)), payload=bytes(3000))
+            for work in (db.export, db.import_):
+                blocks = array("q")  # counts the allocated blocks, and allocates none for each count
+                work(self.file, progress=lambda *_, seen=blocks: seen.append(sys.getallocatedblocks()))
+                middle = len(blocks) // 2
+                self.assertLess(min(blocks[middle:]) - min(blocks[:middle]), 700)
+
+    def test_tells_of_its_progress_and_so_do_an_import_and_a_backup(self) -> None:
+        with OperatorDb(self.path) as db, OperatorDb(self.other) as other:
+            for work in (db.export, other.import_, partial(db.backup, overwrite=True)):
+                told: list[tuple[int, int]] = []
+                work(self.file, progress=lambda *so_far, told=told: told.append(so_far))
+                known = [so_far for so_far in told if so_far[1]]
+                self.assertEqual(known, sorted(known))
+                self.assertEqual((known[-1][0], len({total for _, total in known})), (known[-1][1], 1))
+
+    def test_shows_secrets_only_when_asked(self) -> None:
+        with OperatorDb(self.path) as db:
+            self.store_secrets(db)
+            for asked in (False, True):
+                db.export(self.file, include_secrets=asked)
+                text = contents(self.file).decode()
+                self.assertEqual((text.count(SECRET), '"***"' in text), (4 * asked, not asked))
+                self.assertEqual(json.loads(text.splitlines()[0])["withheld"] == {}, asked)
+
+    def test_is_a_private_file_whatever_the_umask_and_whatever_was_there(self) -> None:
+        with OperatorDb(self.path) as db:
+            for umask, there in itertools.product((0o000, 0o077), (False, True)):
+                if there:
+                    os.chmod(self.file, 0o666)
+                before = os.umask(umask)
+                try:
+                    db.export(self.file)
+                    db.backup(self.other, overwrite=True)
+                finally:
+                    os.umask(before)
+                for path in (self.file, self.other):
+                    self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+
+    def test_goes_to_any_kind_of_stream(self) -> None:
+        fifo = os.path.join(self.folder, "fifo")
+        os.mkfifo(fifo)
+        with OperatorDb(self.path) as db:
+            put(db, "漢字")
+            wanted = records(db, include_secrets=False)
+            text, printed, from_fifo = StringIO(), TextIOWrapper(BytesIO(), encoding="ascii"), []
+            db.export(text)
+            with redirect_stdout(printed):
+                db.export(sys.stdout)
+            in_threads(lambda: db.export(fifo), lambda: from_fifo.append(contents(fifo)))
+        for sent in (text.getvalue().encode(), printed.buffer.getvalue(), from_fifo[0]):  # type: ignore[attr-defined]
+            lines = sent.splitlines()
+            self.assertEqual(json.loads(lines[0])["format"], "operator_db/1")
+            self.assertEqual(lines[1:], wanted)
+        self.assertTrue(stat.S_ISFIFO(os.stat(fifo).st_mode))
+
+    def test_into_a_slow_pipe_holds_no_snapshot_and_no_lock(self) -> None:
+        reader, writer = os.pipe()
+        with OperatorDb(self.path) as db, OperatorDb(self.path, timeout=0) as other:
+            put(db, "large", payload=bytes(10**6))
+
+            def export() -> None:
+                with open(writer, "wb") as pipe:
+                    db.export(pipe)
+
+            def read() -> None:
+                with open(reader, "rb") as pipe:
+                    pipe.read(1)  # the rest does not fit into the pipe: the export waits
+                    put(other, "meanwhile")
+                    with self.raw() as raw:
+                        busy, pages, moved = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                    self.assertEqual((busy, pages, moved, os.stat(self.path + "-wal").st_size), (0, 0, 0, 0))
+                    self.assertEqual(pipe.read().count(b"\n"), len(records(db)))
+
+            in_threads(export, read)
+
+    def raw(self) -> Any:
+        return closing(sqlite3.connect(self.path, isolation_level=None))
+
+    def test_that_does_not_end_leaves_the_old_file_whole(self) -> None:
+        put_contents(self.file, b"old")
+        with OperatorDb(self.path) as db:
+            for part in (0.01, 0.5, 1.0):
+                with self.unchanged(), self.assertRaises(KeyboardInterrupt):
+                    db.export(self.file, progress=interrupting(part))
+                child = stopped(lambda progress: db.export(self.file, progress=progress), part)
+                child.kill()
+                self.assertEqual(contents(self.file), b"old")
+                for name in os.listdir(self.folder):
+                    if name.endswith(".new"):  # the killed child's
+                        os.unlink(os.path.join(self.folder, name))
+            put(db, "large", payload=bytes(10**6))
+
+            def without_room() -> None:
+                with file_limit(500_000):
+                    self.assertRaises(StorageError, db.export, self.file)
+
+            with self.unchanged():
+                forked(without_room)
+            self.assertEqual(contents(self.file), b"old")
+
+    def test_of_a_damaged_record_is_refused_by_its_key(self) -> None:
+        put_contents(self.file, b"old")
+        with closing(sqlite3.connect(self.path)) as raw, raw:
+            raw.execute("UPDATE proofs SET value = replace(value, 'b3V0', 'b3V1')")
+        with OperatorDb(self.path) as db:
+            self.refused(DamagedError, lambda: db.export(self.file), "proofs:t1")
+            self.refused(DamagedError, lambda: db.backup(self.other), "proofs:t1")
+        self.assertEqual((contents(self.file), os.path.exists(self.other)), (b"old", False))
+
+    def test_goes_over_a_database_that_was_closed_here_as_over_any_file(self) -> None:
+        with OperatorDb(self.other) as closed:
+            put(closed, "old")
+        with OperatorDb(self.path) as db:
+            db.restore(closed.path)
+            db.backup(closed.path, overwrite=True)
+            db.export(closed.path)
+
+    def test_or_any_other_transfer_keeps_off_the_files_of_a_database_that_is_open_here(self) -> None:
+        link, hard = self.path + ".link", self.path + ".hard"
+        os.symlink(self.path, link)
+        os.link(self.path, hard)
+        beside = os.path.join(self.folder, "..", os.path.basename(self.folder), "operator.db")
+        with OperatorDb(self.path) as db, OperatorDb(self.other) as other:
+            put(db, "in the log")
+            for path in (self.path, self.path + "-wal", self.path + "-shm", link, hard, beside):
+                for verb in ("export", "import_", "backup", "restore", "write_metrics"):
+                    before = [os.stat(self.path + suffix) for suffix in ("", "-wal", "-shm")]
+                    for here in (db, other)[: 1 if verb == "restore" else 2]:  # restoring goes through SQLite
+                        with self.subTest(path=path, verb=verb, here=here.path):
+                            options = {"overwrite": True} if verb == "backup" else {}
+                            self.assertRaises(OperatorDbError, getattr(here, verb), path, **options)
+                    for old, suffix in zip(before, ("", "-wal", "-shm"), strict=True):
+                        new = os.stat(self.path + suffix)
+                        self.assertEqual((new.st_ino, new.st_size), (old.st_ino, old.st_size))
+            self.assertIsNotNone(db.get_task("in the log"))
+
+
+PROTOTYPES = r"""{
+  "exported_at": "2026-02-21T14:55:55.120394+00:00",
+  "stats": {"total_tasks": 3, "task_counts": {"InProgress": 1, "Completed": 1, "Disputed": 1}, "total_sessions": 1, "total_proofs": 1},
+  "config": {
+    "wallet_pubkey": "4YRpGXNp5gfPE8XqcUAL3FV6xHMJaQkxVccPTSy8hutg", "rpc_url": "https://api.devnet.solana.com",
+    "network": "devnet", "capabilities": ["voice", "code", "trading", "social", "email", "image"], "model_preferences": null
+  },
+  "tasks": [
+    {"task_id": "2aotSaHBBZvWyUDt8qztEGesVGiVqg54xiPvBxZvAqFt", "payload": [123, 34, 106, 111, 98, 34, 58, 34, 195, 169, 34, 125],
+     "status": "Disputed", "claimed_at": 1774627200, "completed_at": 1774627900,
+     "on_chain_signature": "37WpEBkP5eWGkDs98BHyvTA6CMMbt61Hco7qn9khxy4iZJF4iY8y9RghrTdErYD1QDRhXPBZ2uLvAy9R8qRRA4ra",
+     "description": "Summarise the readiness report", "reward_lamports": 18446744073709551615, "reward_skr_tokens": null,
+     "creator": "AYwAQmXxTLB3ukpRPHV2LC6qA4DCo2hsuSTneNn9xnQN"},
+    {"task_id": "task-in-progress", "payload": [], "status": "InProgress", "claimed_at": 1774627300, "completed_at": null,
+     "on_chain_signature": null, "description": null, "reward_lamports": 0, "reward_skr_tokens": 5000000000, "creator": null},
+    {"task_id": "task-done", "payload": [0, 255, 128], "status": "Completed", "claimed_at": 1774627000,
+     "completed_at": 1774627100,
+     "on_chain_signature": "65QAodfEi2q6bwa9L1HYumnjpSi18FfyrK3W7HU1wXKGcTVfHCTNGaefjFpqR3e75CphecDXQFY8eZmYZyeHsdzY",
+     "description": "done", "reward_lamports": 1, "reward_skr_tokens": null, "creator": null}
+  ],
+  "sessions": [
+    {"session_id": "session_1774627000123",
+     "transcript": [{"role": "system", "content": "ClaimTask", "timestamp": 1774627001},
+                    {"role": "user", "content": "what is it worth?", "timestamp": 1774627002}],
+     "active_task_ids": ["task-in-progress"], "command_history": ["ClaimTask"], "created_at": 1774627000,
+     "last_active": 1774627002}
+  ]
+}"""
+GONE = object()  # what a field is set to, to take it away
+
+
+def deep(levels: int) -> Any:
+    """Return so many lists within each other."""
+    made: Any = []
+    for _ in range(levels):
+        made = [made]
+    return made
+
+
+def altered(document: Any, place: tuple[str | int, ...], value: Any) -> Any:
+    """Return a JSON document with one field set, or taken away."""
+    document = json.loads(json.dumps(document))
+    within = document
+    for step in place[:-1]:
+        within = within[step]
+    if value is GONE:
+        del within[place[-1]]
+    else:
+        within[place[-1]] = value
+    return document
+
+
+class AnImport(TransferCase):
+    RECORDS: ClassVar[list[tuple[str, tuple[str | int, ...], Any, str]]] = [
+        ("tasks", ("reward_lamports",), "1", "reward_lamports"), ("tasks", ("reward_lamports",), -1, "reward_lamports"),
+        ("tasks", ("reward_skr_tokens",), 2**64, "reward_skr_tokens"), ("tasks", ("claimed_at",), True, "claimed_at"),
+        ("tasks", ("completed_at",), 1.5, "completed_at"), ("tasks", ("payload",), "not base64!", "payload"),
+        ("tasks", ("payload",), [1, 2], "payload"), ("tasks", ("status",), "lost", "status"),
+        ("tasks", ("description",), "\ud800", "description"), ("tasks", ("task_id",), "a\nb", "task_id"),
+        ("tasks", ("task_id",), GONE, "task_id"), ("tasks", ("mood",), 1, "mood"), ("tasks", ("history",), {}, "history"),
+        ("tasks", ("history", 0, "at"), "then", "at"), ("tasks", ("history", 0, "mood"), None, "mood"),
+        ("sessions", ("transcript", 0, "content"), None, "transcript"), ("sessions", ("transcript", 0, "mood"), "", "mood"),
+        ("sessions", ("active_task_ids",), "t1", "active_task_ids"), ("proofs", ("outputs",), GONE, "outputs"),
+        ("proofs", ("proof_hash",), "00" * 32, "proof_hash"), ("proofs", ("submitted",), "yes", "submitted"),
+        ("config", ("keypairs",), {"main": 5, "more": SECRET}, "keypairs"),
+        ("config", ("keypairs",), {"main": "***", "more": SECRET}, "keypairs"),
+        ("config", ("rpc_endpoints",), [SECRET, 7], "rpc_endpoints"), ("config", ("rpc_endpoints",), SECRET, "rpc_endpoints"),
+        ("config", ("rpc_endpoints",), ["***", SECRET], "rpc_endpoints"),
+        ("config", ("model_preferences",), {"a": deep(150)}, "model_preferences"), ("tallies", ("count",), "many", "count"),
+        ("tallies", ("pin",), [SECRET], "pin"),
+        ("tallies", ("name",), "another", "another"),
+    ]  # fmt: skip
+    ENTRIES: ClassVar[list[tuple[str, tuple[str, ...], Any]]] = [
+        ("tasks", ("record",), [1]), ("tasks", ("record",), GONE), ("tasks", ("more",), 1),
+        ("tasks", ("namespace",), "session_log"), ("tasks", ("namespace",), "No such"), ("tasks", ("namespace",), None),
+        ("tasks", ("namespace",), "proofs"), ("tallies", ("namespace",), "tasks"), ("tallies", ("key",), GONE),
+    ]  # fmt: skip
+    LINES: ClassVar[list[tuple[bytes, str]]] = [
+        (b'{"namespace":"config","record":{"network":"\xff"}}', "UTF-8"),
+        (b'{"namespace":"config","record":{"model_preferences":{"a":NaN}}}', "NaN"),
+        (b'{"namespace":"config","record":{"model_preferences":{"a":-Infinity}}}', "Infinity"),
+        (b'{"namespace":"config","record":{"model_preferences":{"a":1e999}}}', "model_preferences"),
+        (b'{"namespace":"config","record":' + b"[" * 10**5, "deep"),
+        (b'{"namespace":"config","record":{"keypairs":{"main":"' + SECRET.encode(), "JSON"),
+        (b"[1]", "object"),
+        (b"7", "object"),
+    ]
+
+    def setUp(self) -> None:
+        super().setUp()
+        with OperatorDb(self.path) as db:
+            db.export(self.file, include_secrets=True)
+        self.header, *self.lines = contents(self.file).splitlines()
+        self.entries = [json.loads(line) for line in self.lines]
+
+    def text(self, *lines: bytes, **header: Any) -> BytesIO:
+        """Return an export of these lines, by default with a header that counts them."""
+        counts = Counter(str(json.loads(line)["namespace"]) for line in lines if "records" not in header)
+        return BytesIO(
+            b"\n".join(
+                (json.dumps({**json.loads(self.header), "records": counts, **header}).encode(), *lines)
+            )
+        )
+
+    def with_last(self, namespace: str, place: tuple[str | int, ...], value: Any) -> BytesIO:
+        """Return the export with an altered entry of a namespace at its end."""
+        entry = next(entry for entry in self.entries if entry["namespace"] == namespace)
+        return self.text(*self.lines, json.dumps(altered(entry, place, value)).encode())
+
+    def test_refuses_what_is_wrong_by_line_and_field_and_takes_nothing(self) -> None:
+        last = f"line {len(self.lines) + 2}"
+        with OperatorDb(self.other) as db:
+            db.namespace("tallies", Tally, key="name")
+            db.append_transcript("stays", "user", "here")
+            for name, place, value, word in self.RECORDS:
+                with self.subTest(namespace=name, place=place, value=value), self.unchanged(self.other):
+                    text = self.with_last(name, ("record", *place), value)
+                    self.refused(InvalidRecordError, lambda text=text: db.import_(text), last, word)
+            for name, place, value in self.ENTRIES:
+                with self.subTest(namespace=name, place=place, value=value), self.unchanged(self.other):
+                    text = self.with_last(name, place, value)
+                    self.refused(InvalidRecordError, lambda text=text: db.import_(text), last)
+            for line, word in self.LINES:
+                with self.subTest(line=line[:99]), self.unchanged(self.other):
+                    text = self.text(*self.lines, line, records={})
+                    self.refused(InvalidRecordError, lambda text=text: db.import_(text), last, word)
+
+    def test_refuses_what_is_not_whole_or_not_an_export_or_from_the_future(self) -> None:
+        counts = json.loads(self.header)["records"]
+        whole = self.text(*self.lines, records=counts).getvalue()
+        cases: list[tuple[type[OperatorDbError], BytesIO, str]] = [
+            (InvalidRecordError, self.text(*self.lines[:-1], records=counts), "whole"),
+            (InvalidRecordError, self.text(*self.lines, self.lines[-1], records=counts), "whole"),
+            (InvalidRecordError, self.text(records=counts), "whole"),
+            (InvalidRecordError, self.text(*self.lines, records=None), "line 1"),
+            (InvalidRecordError, BytesIO(whole[: len(whole) // 2]), "line"),
+            (NewerSchemaError, self.text(*self.lines, schema_version=99), "99"),
+            (NewerSchemaError, self.text(*self.lines, format="operator_db/2"), "operator_db/2"),
+            *((InvalidRecordError, BytesIO(text), "export") for text in (b"", b"\n", b"some text", b"{}", b"[]", b"[7]")),
+        ]  # fmt: skip
+        with OperatorDb(self.other) as db:
+            for error, text, word in cases:
+                with self.subTest(text=text.getvalue()[:99]), self.unchanged(self.other):
+                    self.refused(error, lambda text=text: db.import_(text), word)
+
+    def test_says_what_it_added_replaced_and_left_and_again_changes_nothing(self) -> None:
+        with OperatorDb(self.other) as db:
+            wanted = json.loads(self.header)["records"]
+            self.assertEqual(db.import_(self.file), {name: {"added": n} for name, n in wanted.items()})
+            with self.unchanged(self.other):
+                again = db.import_(Path(self.file))
+                self.assertEqual(again, {name: {"unchanged": n} for name, n in wanted.items()})
+            self.assertEqual(records(db), self.lines)
+            db.delete_task("t0")
+            db.update_task_status("t1", "disputed")
+            db.store_config(OperatorConfig(capabilities=["other"], keypairs={"main": "k" * 40}))
+            db.namespace("tallies", Tally, key="name").update("one", lambda tally: replace(tally, count=9))
+            counts = db.import_(StringIO(contents(self.file).decode()))
+            self.assertEqual(counts["tasks"], {"added": 1, "unchanged": wanted["tasks"] - 1})
+            self.assertEqual((counts["config"], counts["tallies"]), ({"replaced": 1}, {"replaced": 1}))
+            db.delete_task("t1")
+            db.import_(self.file)
+            self.assertEqual(records(db), self.lines)
+
+    def test_keeps_what_the_database_knows_more_of(self) -> None:
+        with OperatorDb(self.path) as db:
+            db.update_task_status("t0", "completed", signature="sig")
+            db.append_transcript("s0", "user", "later")
+            db.append_command("s1", "later")
+            db.mark_proof_submitted("t3", "sig")
+            with self.unchanged():
+                counts = db.import_(self.file)
+            for name in ("tasks", "sessions", "proofs"):
+                self.assertEqual(set(counts[name]), {"unchanged"})
+            db.export(self.file)
+        with OperatorDb(self.other) as db:  # and what the file knows more of arrives
+            db.import_(self.text(*self.lines))
+            counts = db.import_(self.file)
+            for name, count in (("tasks", 1), ("sessions", 2), ("proofs", 1)):
+                self.assertEqual(counts[name]["replaced"], count, name)
+            self.assertEqual(db.check(), [])
+        self.assertEqual(held(self.other), held(self.path))
+
+    def test_never_puts_a_different_proof_or_session_over_the_one_that_is_there(self) -> None:
+        last = f"line {len(self.lines) + 2}"
+        cases = [
+            ("proofs", "outputs", "AAAA", "t1"),
+            ("sessions", "command_history", ["another"], "s0"),
+            ("sessions", "transcript", [{"role": "user", "content": "another", "timestamp": 0}], "s0"),
+        ]  # fmt: skip
+        with OperatorDb(self.path) as db:
+            other = replace(db.list_proofs()[0], outputs=b"\0\0\0")
+        self.entries = [
+            altered(e, ("record", "evidence_hash"), other.evidence_hash) if e["namespace"] == "proofs" else e
+            for e in self.entries
+        ]
+        with OperatorDb(self.other) as db:
+            db.import_(self.file)
+            put(db, "more")
+            for namespace, name, value, key in cases:
+                with self.subTest(name=name), self.unchanged(self.other):
+                    text = self.with_last(namespace, ("record", name), value)
+                    self.refused(ConflictError, lambda text=text: db.import_(text), last, key)
+
+    def test_never_puts_stars_over_a_secret(self) -> None:
+        with OperatorDb(self.path) as db:
+            self.store_secrets(db)
+            db.export(self.file)
+            before = records(db)
+            with self.unchanged():
+                counts = db.import_(self.file)
+                self.assertEqual({what for count in counts.values() for what in count}, {"unchanged"})
+            db.namespace("tallies", Tally, key="name").update("two", lambda tally: replace(tally, count=5))
+            db.store_config(replace(db.get_config() or OperatorConfig(), network="devnet"))
+        with OperatorDb(self.path) as db:  # a process that does not know the namespaces
+            self.assertEqual(db.import_(self.file)["tallies"], {"unchanged": 1, "replaced": 1})
+            self.assertEqual(records(db), before)
+        with OperatorDb(self.other) as db:
+            self.refused(InvalidRecordError, lambda: db.import_(self.file), "line", "***")
+            self.assertEqual(records(db), [])
+            for name, record_type, key in (("tallies", Tally, "name"), ("wallets", Wallet, "owner")):
+                db.namespace(name, record_type, key=key)
+            db.import_(self.file)
+            self.assertNotIn(b"***", b"".join(records(db)))
+
+    def test_keeps_a_secret_that_a_record_cannot_be_made_without_and_checks_the_rest(self) -> None:
+        @dataclass
+        class Card:
+            name: str
+            pin: str = field(metadata={"secret": True})
+
+        with OperatorDb(self.path) as db, OperatorDb(self.other) as other:
+            db.namespace("cards", Card, key="name").put(Card("one", SECRET))
+            db.export(self.file)
+            with self.unchanged():
+                self.assertEqual(db.import_(self.file)["cards"], {"unchanged": 1})
+                text = contents(self.file).decode().replace('"name":"one"', '"name":1')
+                self.refused(InvalidRecordError, lambda: db.import_(StringIO(text)), "line", "name")
+            other.namespace("cards", Card, key="name")
+            with self.unchanged(self.other):
+                self.refused(InvalidRecordError, lambda: other.import_(self.file), "line", "pin")
+
+    def test_of_an_export_into_a_new_file_gives_the_same_export(self) -> None:
+        with OperatorDb(self.path, durable=False) as db:
+            devices = db.namespace("devices", PairedDevice, key="device_id", status="status", at="last_seen")
+            odd: dict[str, Any] = {
+                "token": SECRET,
+                "inner": Inner("a", b"\xff"),
+                "anything": [1, None, {"b": 2.5}],
+            }
+            devices.put(PairedDevice(device_id="d:é", **odd))
+            devices.put(PairedDevice(device_id="lost", status="lost", last_seen=-5))
+            put(db, "%:漢字", description='\0\x1b"\\\u202e\u2028', reward_lamports=2**64 - 1)
+            db.export(self.file, include_secrets=True)
+            wanted, rows = records(db), self.rows(self.path)
+        for known in (False, True):
+            path = f"{self.other}{known}"
+            with OperatorDb(path) as db:
+                if known:
+                    db.namespace("devices", PairedDevice, key="device_id", status="status", at="last_seen")
+                db.import_(self.file)
+                self.assertEqual(records(db), wanted)
+                self.assertEqual((self.rows(path), db.check()), (rows, []))
+
+    def rows(self, path: str) -> list[tuple[Any, ...]]:
+        """Return the columns of the operator's own namespace, as any program sees them."""
+        with closing(sqlite3.connect(path)) as raw:
+            return raw.execute("SELECT * FROM devices ORDER BY key").fetchall()
+
+    def test_reads_its_input_before_it_takes_the_write_lock(self) -> None:
+        reader, writer = os.pipe()
+        begun = threading.Event()
+        with OperatorDb(self.other) as db, OperatorDb(self.other, timeout=0) as another:
+
+            def feed() -> None:
+                with open(writer, "wb") as pipe:
+                    pipe.write(b"\n".join((self.header, *self.lines[:3])) + b"\n")
+                    pipe.flush()
+                    self.assertTrue(begun.wait(10))
+                    put(another, "meanwhile")
+                    pipe.write(b"\n".join(self.lines[3:]))
+
+            def read() -> None:
+                with open(reader, "rb") as pipe:
+                    db.import_(pipe, progress=lambda *_: begun.set())
+
+            in_threads(feed, read)
+            self.assertEqual(len(records(db)), len(self.lines) + 1)
+
+    def test_that_does_not_end_takes_nothing(self) -> None:
+        with OperatorDb(self.other) as db:
+            put(db, "there")
+            for part in (0.1, 0.5, 1.0):
+                with self.unchanged(self.other), self.assertRaises(KeyboardInterrupt):
+                    db.import_(self.file, progress=interrupting(part))
+                put(db, f"no lock is held {part}")
+        for part in (0.1, 1.0):
+            with self.unchanged(self.other):
+                stopped(self.imported, part).kill()
+        self.check_sound(self.other)
+
+    def imported(self, progress: Any) -> None:
+        with OperatorDb(self.other) as db:
+            db.import_(self.file, progress=progress)
+
+
+class ThePrototypesExport(TransferCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.document = json.loads(PROTOTYPES)
+
+    def test_arrives_with_every_field_pretty_printed_or_on_one_line(self) -> None:
+        config, tasks, (session,) = (self.document[name] for name in ("config", "tasks", "sessions"))
+        for number, text in enumerate((PROTOTYPES, json.dumps(self.document), "\ufeff" + PROTOTYPES)):
+            with self.subTest(number=number), OperatorDb(f"{self.other}{number}") as db:
+                counts = db.import_(BytesIO(text.encode()))
+                self.assertEqual(counts.pop("proofs"), {"left_behind": 1})
+                added = {"config": {"added": 1}, "tasks": {"added": 3}, "sessions": {"added": 1}}
+                self.assertEqual(counts, added)
+                for old in tasks:
+                    task = db.get_task(old["task_id"])
+                    assert task
+                    wanted = {**old, "payload": bytes(old["payload"]), "status": TaskStatus(old["status"])}
+                    self.assertEqual({name: getattr(task, name) for name in old}, wanted)
+                    self.assertEqual(task.history[-1].status, task.status)
+                said = [TranscriptEntry(**entry) for entry in session["transcript"]]
+                wanted = SessionState(**{**session, "transcript": said})
+                self.assertEqual(db.get_session(session["session_id"]), wanted)
+                wanted = {k: config[k] for k in ("wallet_pubkey", "network", "capabilities")}
+                self.assertEqual(db.get_config(), OperatorConfig(rpc_endpoints=[config["rpc_url"]], **wanted))
+                self.assertEqual((db.check(), db.list_proofs()), ([], []))
+                again = db.import_(BytesIO(text.encode()))
+                self.assertEqual((again["tasks"], again["sessions"]), ({"unchanged": 3}, {"unchanged": 1}))
+
+    def test_that_is_damaged_is_refused_by_place(self) -> None:
+        cases: list[tuple[tuple[str | int, ...], Any, tuple[str, ...]]] = [
+            (("tasks", 1, "payload"), [256], ("tasks[1].payload",)), (("tasks", 1, "payload"), [-1], ("tasks[1].payload",)),
+            (("tasks", 1, "payload"), ["x"], ("tasks[1].payload",)), (("tasks", 1, "payload"), "AAAA", ("tasks[1].payload",)),
+            (("tasks", 1, "payload"), 10**12, ("tasks[1].payload",)),
+            (("tasks", 2, "payload"), GONE, ("tasks[2]", "payload")),
+            (("tasks", 0, "status"), "Lost", ("tasks[0]", "status")),
+            (("tasks", 0, "task_id"), GONE, ("tasks[0]", "task_id")),
+            (("tasks", 2, "reward_lamports"), -1, ("tasks[2]", "reward_lamports")),
+            (("tasks", 2, "mood"), 1, ("tasks[2]", "mood")), (("tasks", 2), 7, ("tasks[2]",)), (("tasks",), {}, ("tasks",)),
+            (("tasks",), GONE, ("export",)), (("sessions", 0, "transcript", 1, "content"), 5, ("sessions[0]", "transcript")),
+            (("sessions", 0, "mood"), 5, ("sessions[0]", "mood")), (("sessions", 0), None, ("sessions[0]",)),
+            (("config", "capabilities"), "voice", ("config", "capabilities")),
+            (("config", "mood"), "voice", ("config", "mood")),
+            (("config", "rpc_url"), {SECRET: 1}, ("config", "rpc_endpoints")), (("config",), [SECRET], ("config",)),
+            (("stats", "total_tasks"), 4, ("total_tasks",)), (("stats", "total_sessions"), 0, ("total_sessions",)),
+            (("proofs",), [], ("proofs",)),
+        ]  # fmt: skip
+        with OperatorDb(self.other) as db:
+            put(db, "there")
+            for place, value, words in cases:
+                with self.subTest(place=place, value=value), self.unchanged(self.other):
+                    text = StringIO(json.dumps(altered(self.document, place, value)))
+                    self.refused(InvalidRecordError, lambda text=text: db.import_(text), *words)
+            whole = PROTOTYPES
+            for text in (whole[:-1], whole[:500], whole + "x", whole.replace("null", "NaN", 1)):
+                with self.subTest(text=text[-9:]), self.unchanged(self.other):
+                    self.refused(InvalidRecordError, lambda text=text: db.import_(StringIO(text)))
+
+    def test_without_config_or_sessions_is_taken_too(self) -> None:
+        with OperatorDb(self.other) as db:
+            text = json.dumps({**self.document, "config": None, "sessions": [], "stats": {}})
+            self.assertEqual(db.import_(StringIO(text)), {"tasks": {"added": 3}})
+            self.assertIsNone(db.get_config())
+
+
+class ABackup(TransferCase):
+    def test_is_one_state_while_a_writer_goes_on_and_opens_as_a_database(self) -> None:
+        self.fill_large(self.path)
+        with OperatorDb(self.path) as db:
+            self.pair(db, 0)
+            before, values = records(db), itertools.count(1)
+            db.backup(self.other, progress=lambda *_: in_threads(lambda: self.pair(db, next(values))))
+            self.assertGreater(next(values), 3)
+        self.assertEqual(set(os.listdir(self.folder)), {"operator.db", "other.db"})
+        with OperatorDb(self.other) as copied:
+            self.assertEqual((records(copied), copied.check()), (before, []))
+            self.assertEqual(copied.namespace("tallies", Tally, key="name").count(), 1)
+            self.pair(copied, 7)
+
+    def test_takes_no_place_that_is_taken_not_even_meanwhile(self) -> None:
+        with OperatorDb(self.path) as db:
+            for taken in ("", "-wal"):
+                for when in (0, 1):
+                    with self.subTest(taken=taken, when=when):
+                        appears = partial(put_contents, self.other + taken, b"somebody's")
+                        if not when:
+                            appears()
+                        overwrite = taken == "-wal"
+                        with self.assertRaises(StorageError) as caught:
+                            db.backup(self.other, overwrite=overwrite, progress=lambda *_, it=appears: it())
+                        self.assertIn(self.other + taken, str(caught.exception))
+                        self.assertEqual(contents(self.other + taken), b"somebody's")
+                        self.assertEqual(
+                            set(os.listdir(self.folder)) - {"operator.db-wal", "operator.db-shm"},
+                            {"operator.db", "other.db" + taken},
+                        )
+                        os.unlink(self.other + taken)
+            put_contents(self.other, b"old")
+            db.backup(self.other, overwrite=True)
+        self.assertEqual(held(self.other), held(self.path))
+
+    def test_that_does_not_end_leaves_nothing_or_what_was_there(self) -> None:
+        self.fill_large(self.path)
+        db = self.enterContext(OperatorDb(self.path))
+
+        def without_room() -> None:
+            with file_limit(2 * 10**6):
+                self.refused(StorageError, lambda: db.backup(self.other, overwrite=True))
+
+        for old in (False, True):
+            if old:
+                put_contents(self.other, b"old")
+            with self.unchanged():
+                forked(without_room)
+                for part in (0.01, 1.0):
+                    with self.assertRaises(KeyboardInterrupt):
+                        db.backup(self.other, overwrite=True, progress=interrupting(part))
+            for part in (0.01, 1.0):
+                stopped(
+                    lambda progress: db.backup(self.other, overwrite=True, progress=progress), part
+                ).kill()
+            self.assertEqual(os.path.exists(self.other), old)
+        self.assertEqual(contents(self.other), b"old")
+
+    def test_and_restore_and_compact_are_refused_inside_ones_own_block(self) -> None:
+        with OperatorDb(self.path) as db, OperatorDb(self.other) as other:
+            other.backup(self.file)
+            for verb in (partial(db.backup, self.path + "2"), partial(db.restore, self.file), db.compact):
+                with self.unchanged(), db.transaction():
+                    self.refused(ConflictError, verb, "transaction")
+
+
+class ARestore(TransferCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.fill_large(self.other)
+        self.old, self.new = held(self.path), held(self.other)
+
+    def test_replaces_everything_for_all_who_have_it_open(self) -> None:
+        def go_on(say: Callable[[object], None]) -> list[str]:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+            with OperatorDb(self.path) as db:
+                say(len(ids(db)))
+                signal.sigwait({signal.SIGUSR1})
+                seen = ids(db)
+                put(db, "from the other process")
+                return seen
+
+        child = Forked(go_on)
+        self.assertEqual(child.line(), "10")
+        with OperatorDb(self.path) as db, OperatorDb(self.path) as another:
+            tallies = another.namespace("tallies", Tally, key="name")
+            self.assertEqual((len(ids(another)), tallies.count()), (10, 1))
+            db.restore(self.other)
+            self.assertTrue(records(db) == records(another) == self.new)
+            os.kill(child.pid, signal.SIGUSR1)
+            self.assertEqual(len(child.result()), 90)
+            put(another, "from the other handle")
+            self.assertEqual((len(ids(db)), tallies.put(Tally(name="again"))), (92, True))
+        self.check_sound()
+        self.assertEqual(set(os.listdir(self.folder)), {"operator.db", "other.db"})
+
+    def test_of_what_is_no_sound_backup_changes_nothing(self) -> None:
+        damaged, newer, foreign, text, cut = (os.path.join(self.folder, f"{n}.db") for n in range(5))
+        for path in (damaged, newer):
+            put_contents(path, contents(self.other))
+        with closing(sqlite3.connect(damaged)) as raw, raw:
+            raw.execute("UPDATE tasks SET crc = crc + 1 WHERE key = 'tasks:large7'")
+        with closing(sqlite3.connect(newer)) as raw:
+            raw.execute("PRAGMA user_version = 99")
+        with closing(sqlite3.connect(foreign)) as raw, raw:
+            raw.execute("CREATE TABLE theirs(a)")
+        put_contents(text, b"some text " * 99)
+        put_contents(cut, contents(self.other)[:-5000])
+        with OperatorDb(self.path) as db:
+            for error, path in (
+                (DamagedError, damaged),
+                (NewerSchemaError, newer),
+                (ForeignFileError, foreign),
+                (ForeignFileError, text),
+                (DamagedError, cut),
+                (StorageError, self.path + ".missing"),
+                (ForeignFileError, self.folder),
+            ):
+                with self.subTest(path=path), self.unchanged():
+                    self.refused(error, lambda path=path: db.restore(path), path)
+                    put(db, "t0", claimed_at=0, payload=random.Random(0).randbytes(0))  # no lock is held
+
+    def test_that_does_not_end_leaves_what_was_there(self) -> None:
+        def without_room() -> None:
+            with file_limit(2 * 10**6):
+                self.refused(StorageError, lambda: db.restore(self.other), self.path)
+            self.assertTrue(records(db) == self.old)
+
+        with OperatorDb(self.path) as db:
+            forked(without_room)
+            for part in (0.01, 0.5):
+                with self.unchanged(), self.assertRaises(KeyboardInterrupt):
+                    db.restore(self.other, progress=interrupting(part))
+                put(db, "t0", claimed_at=0)  # no lock is held
+            self.old = records(db)
+        for part in (0.01, 0.5, 1.0):
+            stopped(self.restored, part).kill()
+            self.assertTrue(held(self.path) in (self.old, self.new))
+            self.check_sound()
+        self.restored(None)
+        self.assertTrue(held(self.path) == self.new)
+
+    def restored(self, progress: Any) -> None:
+        with OperatorDb(self.path) as db:
+            db.restore(self.other, progress=progress)
+
+    def test_killed_at_any_moment_leaves_the_old_or_the_new(self) -> None:
+        for delay in (0.002, 0.01, 0.02, 0.04):
+            Forked(lambda _: self.restored(None)).kill(delay)
+            self.assertTrue(held(self.path) in (self.old, self.new))
+            self.check_sound()
+
+    def test_waits_for_another_process_until_its_timeout(self) -> None:
+        child = holding(self.path)
+        with self.assertRaises(BusyError), OperatorDb(self.path, timeout=0.05) as db:
+            db.restore(self.other)
+        os.kill(child.pid, signal.SIGUSR1)
+        child.result()
+        with OperatorDb(self.path) as db:
+            self.assertEqual(len(records(db)), len(self.old) + 1)
+
+
+class Compacting(TransferCase):
+    def test_makes_the_file_smaller_and_keeps_every_record_in_its_order(self) -> None:
+        with OperatorDb(self.path, durable=False) as db, OperatorDb(self.path) as another:
+            with db.transaction():
+                names = [f"{n * 7919 % 400:03}" for n in range(400)]
+                put(db, *names, payload=bytes(3000), claimed_at=5)
+            for name in names[::2]:
+                db.delete_task(name)
+            before, order, size = records(db), db.list_tasks(), os.stat(self.path).st_size
+            freed = db.compact()
+            self.assertLess(os.stat(self.path).st_size, size * 0.7)
+            self.assertGreater(freed, size * 0.3)
+            self.assertEqual((records(another), another.list_tasks()), (before, order))
+            put(another, "goes on")
+        self.check_sound()
+
+    def test_without_room_changes_nothing(self) -> None:
+        self.fill_large(self.path)
+        size = os.stat(self.path).st_size
+
+        def without_room() -> None:
+            with OperatorDb(self.path) as db:
+                with file_limit(size - 2 * 10**6):
+                    self.refused(StorageError, db.compact)
+                put(db, "room again")
+
+        before = held(self.path)
+        forked(without_room)
+        self.assertEqual(len(held(self.path)), len(before) + 1)
+        self.check_sound()
+
+
+Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
+
+
+def scraped(text: str) -> Samples:
+    """Parse Prometheus's text format, more strictly than it does; return the samples by name and labels."""
+    assert text.endswith("\n") and not text.endswith("\n\n")
+    kinds: dict[str, str] = {}
+    said, found = "", Samples()
+    for line in text[:-1].split("\n"):
+        if told := re.fullmatch(r"# HELP ([a-z_]+) \S.*", line):
+            said = told[1]
+            assert said not in kinds, line
+        elif told := re.fullmatch(r"# TYPE ([a-z_]+) (counter|gauge|histogram)", line):
+            assert told[1] == said and said not in kinds, line
+            kinds[said] = told[2]
+            assert said.endswith("_total") == (told[2] == "counter"), line
+        else:
+            told = re.fullmatch(r'([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)+)\})? (\S+)', line)
+            assert told, line
+            endings = ("_bucket", "_sum", "_count") if kinds[said] == "histogram" else ("",)
+            assert told[1] in [said + ending for ending in endings], line
+            labels = tuple(re.findall(r'([a-z_]+)="([^"]*)"', told[2] or ""))
+            assert labels not in found.setdefault(told[1], {}), line
+            found[told[1]][labels] = float(told[3])
+            assert 0 <= found[told[1]][labels] < float("inf"), line
+    for name in (name for name, kind in kinds.items() if kind == "histogram"):
+        series: dict[Any, list[tuple[float, float]]] = {}
+        for labels, count in found[name + "_bucket"].items():
+            assert labels[-1][0] == "le"
+            series.setdefault(labels[:-1], []).append((float(labels[-1][1]), count))
+        for labels, steps in series.items():
+            assert steps == sorted(steps) and [n for _, n in steps] == sorted(n for _, n in steps), name
+            assert steps[-1] == (float("inf"), found[name + "_count"][labels]), name
+        assert series.keys() == found[name + "_sum"].keys() == found[name + "_count"].keys(), name
+    return found
+
+
+class Metrics(TransferCase):
+    def test_count_every_call_of_sixteen_threads_and_its_error_by_name(self) -> None:
+        interval = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, interval)
+        with OperatorDb(self.path, durable=False) as db:
+            tallies = db.namespace("tallies", Tally, key="name")
+
+            def work(worker: int) -> None:
+                for n in range(25):
+                    put(db, f"{worker}:{n}")
+                    for _ in range(4):
+                        db.get_task("t1")
+                    with suppress(NotFoundError):
+                        db.update_task_status("nobody", "completed")
+                    with suppress(ConflictError):
+                        db.store_proof(proof("t1", b"different"))
+                    with suppress(InvalidRecordError):
+                        tallies.put(None)  # type: ignore[arg-type]
+                    tallies.get("one")
+
+            sys.setswitchinterval(1e-6)
+            began = time.perf_counter()
+            self.assertEqual(crowd(16, work)(), [])
+            lasted = time.perf_counter() - began
+            sys.setswitchinterval(interval)
+            operations = db.stats().operations
+        expected: list[tuple[str, int, dict[str, int]]] = [
+            ("store_task", 400, {}),
+            ("get_task", 1600, {}),
+            ("update_task_status", 400, {"NotFoundError": 400}),
+            ("store_proof", 400, {"ConflictError": 400}),
+            ("tallies.put", 400, {"InvalidRecordError": 400}),
+            ("tallies.get", 400, {}),
+        ]  # fmt: skip
+        for name, count, errors in expected:
+            with self.subTest(name=name):
+                found = operations[name]
+                self.assertEqual((found.count, sum(found.buckets), found.errors), (count, count, errors))
+                self.assertTrue(0 < found.seconds < lasted * 16)
+        self.assertEqual(operations.keys() - {"stats"}, {name for name, *_ in expected})
+
+    def test_put_each_latency_into_its_bucket_and_add_them_up(self) -> None:
+        latency = operator_db.Latency()
+        bounds = latency.bounds
+        for number, bound in enumerate(bounds):
+            for _ in range(number + 1):
+                latency.add(bound)
+        latency.add(0.0)
+        latency.add(bounds[-1] * 2)
+        below = list(range(1, len(bounds) + 1))
+        self.assertEqual(latency.buckets, [below[0] + 1, *below[1:], 1])
+        self.assertEqual(latency.count, sum(below) + 2)
+        total = sum(bound * (n + 1) for n, bound in enumerate(bounds)) + bounds[-1] * 2
+        self.assertAlmostEqual(latency.seconds, total)
+        self.assertEqual((bounds, bounds[0] <= 1e-4, bounds[-1] >= 1), (tuple(sorted(bounds)), True, True))
+
+    def test_take_fixed_memory_however_many_calls_there_were(self) -> None:
+        with OperatorDb(self.path) as db:
+            for calls in (100, 3000):
+                before = sys.getallocatedblocks()
+                for _ in range(calls):
+                    db.get_task("t1")
+                kept = sys.getallocatedblocks() - before
+        self.assertLess(kept, 1000)
+
+    def test_in_prometheuss_format_say_what_stats_says(self) -> None:
+        with OperatorDb(self.path) as db:
+            put(db, "t")
+            db.namespace("devices", PairedDevice, key="device_id").put(PairedDevice(device_id="d"))
+            with suppress(NotFoundError):
+                db.update_task_status("nobody", "completed")
+            found, stats = scraped(db.prometheus()), db.stats()
+        by = {  # what is labelled so, and in stats
+            "records": ("namespace", stats.records), "namespace_bytes": ("namespace", stats.bytes),
+            "tasks": ("status", stats.tasks), "file_bytes": ("file", stats.files),
+        }  # fmt: skip
+        for name, (label, values) in by.items():
+            self.assertEqual(found[f"operator_db_{name}"], {((label, str(k)),): v for k, v in values.items()})
+        self.assertEqual(found["operator_db_unsubmitted_proofs"], {(): stats.unsubmitted_proofs})
+        self.assertEqual(found["operator_db_free_bytes"], {(): stats.free})
+        counts = found["operator_db_operation_duration_seconds_count"]
+        counted = {labels[0][1]: count for labels, count in counts.items() if count}
+        self.assertEqual(counted, {"store_task": 1, "devices.put": 1, "update_task_status": 1})
+        failed = (("operation", "update_task_status"), ("error", "NotFoundError"))
+        self.assertEqual(found["operator_db_operation_errors_total"], {failed: 1})
+        self.assertTrue(all(name.startswith("operator_db_") for name in found))
+
+    def test_of_what_it_holds_are_the_truth(self) -> None:
+        with OperatorDb(self.path) as db:
+            stats = db.stats()
+            lengths = [len(s.transcript) + len(s.command_history) for s in db.list_sessions()]
+            self.assertEqual(
+                stats.records,
+                {
+                    "tasks": 10,
+                    "sessions": 3,
+                    "session_log": sum(lengths),
+                    "proofs": 5,
+                    "config": 1,
+                    "tallies": 1,
+                },
+            )
+            self.assertEqual(
+                (stats.tasks, stats.unsubmitted_proofs),
+                (db.count_tasks(), len(db.list_proofs(submitted=False))),
+            )
+            self.assertEqual(set(stats.tasks.values()), {2})
+            for name, suffix in (("database", ""), ("wal", "-wal"), ("shm", "-shm")):
+                self.assertEqual(stats.files[name], os.stat(self.path + suffix).st_size)
+            self.assertEqual((stats.path, stats.schema_version), (self.path, self.raw_pragma("user_version")))
+            self.assertTrue(all(size >= 8192 for size in stats.bytes.values()), stats.bytes)
+            self.assertLessEqual(sum(stats.bytes.values()) + stats.free, stats.files["database"])
+            self.fill_large(self.path)
+            for n in range(90):
+                db.delete_task(f"large{n}")
+            self.assertEqual(
+                db.stats().free, self.raw_pragma("freelist_count") * self.raw_pragma("page_size")
+            )
+            self.assertGreater(db.stats().free, 10**6)
+
+    def raw_pragma(self, name: str) -> Any:
+        with closing(sqlite3.connect(self.path)) as raw:
+            return raw.execute(f"PRAGMA {name}").fetchone()[0]
+
+    def test_are_written_to_a_file_that_is_replaced_as_a_whole_and_that_others_can_read(self) -> None:
+        target = os.path.join(self.folder, "operator_db.prom")
+        with OperatorDb(self.path) as db:
+            for umask in (0o000, 0o022, 0o077):
+                before = os.umask(umask)
+                try:
+                    db.write_metrics(target)
+                finally:
+                    os.umask(before)
+                with open(target, encoding="utf-8") as file:
+                    self.assertEqual(stat.S_IMODE(os.stat(target).st_mode), 0o644)
+                    db.write_metrics(Path(target))
+                    self.assertNotEqual(os.stat(target).st_ino, os.fstat(file.fileno()).st_ino)
+                    scraped(file.read())  # who reads meanwhile goes on with the old one, whole
+            whole = contents(target)
+
+            def without_room() -> None:
+                db.stats()
+                with file_limit(100):
+                    self.refused(StorageError, lambda: db.write_metrics(target), target)
+
+            with self.unchanged():
+                forked(without_room)
+            self.assertEqual(contents(target), whole)
+            self.assertEqual(self.names(), {"operator.db", "operator_db.prom"})
+
+
+STEERING = "\x1b]0;owned\x07\r\n\t\x9b31m\u202e\u200b é漢字\U0001f600"
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns a terminal gives to a text."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
+
+
+class Console(TransferCase):
+    """The command line on a database with some of everything, run here unless a process of its own matters."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.enterContext(mock.patch.dict(os.environ, {"AGENC_DB_PATH": self.path, "HOME": self.folder}))
+        for name in ("COLUMNS", "LINES", "PYTHONUNBUFFERED", "PYTHONIOENCODING", "LC_ALL"):
+            os.environ.pop(name, None)
+        now = int(time.time())
+        with OperatorDb(self.path) as db:
+            put(db, "é字\U0001f600", claimed_at=now - 3 * DAY, description=STEERING)
+            put(db, "漢字" * 12, claimed_at=now, description="漢字 é " * 30, reward_lamports=1_500_000_000)
+            put(db, "odd", claimed_at=2**63 - 1, reward_skr_tokens=7)
+            db.append_transcript("voice", "user", STEERING + "漢字" * 50)
+            db.store_config(OperatorConfig(keypairs={"main": SECRET}, rpc_endpoints=[SECRET]))
+
+    def cli(self, *arguments: str, stdin: bytes = b"", encoding: str = "utf-8") -> tuple[int, str, str]:
+        """Return the exit status, and what is written to standard output and standard error."""
+        out, err = (TextIOWrapper(BytesIO(), encoding=encoding) for _ in range(2))
+        read = TextIOWrapper(BytesIO(stdin), encoding=encoding)
+        with mock.patch.multiple(sys, stdin=read, stdout=out, stderr=err):
+            try:
+                status = operator_db.main(list(arguments))
+            except SystemExit as ended:
+                status = int(ended.code or 0)
+        for stream in (out, err):
+            stream.flush()
+        texts: list[bytes] = [stream.buffer.getvalue() for stream in (out, err)]  # type: ignore[attr-defined]
+        return (
+            status,
+            texts[0].decode("utf-8" if arguments[0] == "export" else encoding),
+            texts[1].decode(encoding),
+        )
+
+    def printed(self, *arguments: str, status: int = 0, **options: Any) -> str:
+        """Return what a command prints; fail unless it ends as it should, with nothing on standard error."""
+        done = self.cli(*arguments, **options)
+        self.assertEqual((done[0], done[2]), (status, ""), arguments)
+        return done[1]
+
+    def facts(self, *arguments: str, status: int = 0, **options: Any) -> Any:
+        return json.loads(self.printed(*arguments, "--json", status=status, **options))
+
+    def program(self, *arguments: str, **options: Any) -> Any:
+        """Start the module as a program."""
+        command = [sys.executable, str(HERE / "operator_db.py"), *arguments]
+        return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+
+    def on_terminal(self, columns: int, *arguments: str) -> str:
+        """Return what a command sends to a terminal of this width, on standard output and standard error."""
+        controller, terminal = os.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        sent: list[bytes] = []
+
+        def show() -> None:
+            with (
+                suppress(SystemExit),
+                open(terminal, "w", encoding="utf-8") as screen,
+                mock.patch.multiple(sys, stdout=screen, stderr=screen, __stdout__=screen),
+            ):
+                operator_db.main(list(arguments))
+
+        def watch() -> None:
+            with suppress(OSError):  # EIO, when the terminal is closed
+                while part := os.read(controller, 65536):
+                    sent.append(part)
+
+        in_threads(show, watch)
+        os.close(controller)
+        return b"".join(sent).decode().replace("\r\n", "\n")
+
+
+LOOKS = (
+    ("stats",), ("list-tasks",), ("list-tasks", "--status", "completed"), ("list-proofs",), ("list-sessions",), ("check",),
+    ("get", "tasks:t1"), ("get", "sessions:voice"), ("get", "config:operator"), ("get", "tallies:one"), ("keys", "tasks"),
+    ("export",), ("stats", "--prometheus"), ("prune", "--dry-run"), ("dispute", "t1"),
+)  # fmt: skip
+
+
+class EveryCommand(Console):
+    def test_is_the_thin_face_of_a_method_and_says_the_same_facts_to_programs(self) -> None:
+        header, *lines = map(json.loads, self.printed("export").splitlines())
+        exported = {(e["namespace"], *list(e["record"].values())[:1]): e["record"] for e in lines}
+        db = self.enterContext(OperatorDb(self.path))
+        self.assertEqual(sum(header["records"].values()), len(lines))
+
+        def tasks(*found: TaskRecord) -> list[Any]:
+            return [exported["tasks", task.task_id] for task in found]
+
+        def proofs(*found: VerificationLog) -> list[Any]:
+            return [exported["proofs", log.task_id] for log in found]
+
+        bundle = db.dispute_bundle("t1")
+        put_contents(self.file, json.dumps(bundle).encode())
+        wanted: dict[str, Any] = {
+            "stats": {name: value for name, value in vars(db.stats()).items() if name != "operations"},
+            "list-tasks": tasks(*db.list_tasks()),
+            "list-tasks --status InProgress": tasks(*db.list_tasks_by_status("in_progress")),
+            "list-tasks --limit 3 --newest-first": tasks(*db.list_tasks(limit=3, newest_first=True)),
+            "list-proofs": proofs(*db.list_proofs()),
+            "list-proofs --unsubmitted": proofs(*db.list_proofs(submitted=False)),
+            "list-sessions": [exported["sessions", session.session_id] for session in db.list_sessions()],
+            "get tasks:t1": exported["tasks", "t1"],
+            "get proofs:t1": exported["proofs", "t1"],
+            "get sessions:voice": exported["sessions", "voice"],
+            "get tallies:one": exported["tallies", "one"],
+            "get config:operator": next(e["record"] for e in lines if e["namespace"] == "config"),
+            "keys tasks": [f"tasks:{each}" for each in ids(db)],
+            "keys sessions": [f"sessions:{name}" for name in ("s0", "s1", "s2", "voice")],
+            "keys tallies": ["tallies:one"],
+            "prune --dry-run": vars(db.prune(dry_run=True)),
+            "check": {"path": self.path, "problems": []},
+            "dispute t1": bundle,
+            f"verify {self.file}": {"problems": verify_dispute_bundle(bundle)},
+            f"verify {self.file} --evidence-hash {bundle['evidence_hash']}": {"problems": []},
+        }
+        self.assertEqual(wanted["get config:operator"]["keypairs"], "***")
+        for command, facts in wanted.items():
+            with self.subTest(command=command):
+                self.assertEqual(self.facts(*command.split()), json.loads(json.dumps(facts)))
+        here, there = scraped(self.printed("stats", "--prometheus")), scraped(db.prometheus())
+        for name in ("tasks", "records", "unsubmitted_proofs"):
+            self.assertEqual(here[f"operator_db_{name}"], there[f"operator_db_{name}"])
+
+    def test_that_changes_something_does_it_and_says_what(self) -> None:
+        before = held(self.path)
+        self.assertEqual(self.printed("export", "-o", self.file, "--include-secrets"), "")
+        self.assertEqual(contents(self.file).splitlines()[1:], before)
+        copied = self.facts("backup", self.other)
+        self.assertEqual(copied, {"path": self.other, "bytes": os.stat(self.other).st_size})
+        removed = self.facts("prune", "--older-than", "0", "--session-days", "1", "--proof-days", "1")
+        self.assertEqual([*removed.values()][:3], [2, 3, 1])
+        self.assertEqual(self.facts("compact")["bytes"], os.stat(self.path).st_size)
+        self.assertNotEqual(held(self.path), before)
+        counts = self.facts("import", self.file)
+        self.assertEqual(counts["sessions"], {"added": 3, "unchanged": 1})
+        self.assertEqual(counts["proofs"], {"added": 1, "unchanged": 4})
+        self.assertEqual(self.facts("import", "-", stdin=contents(self.file))["tasks"], {"unchanged": 13})
+        self.assertEqual(held(self.path), before)
+        os.unlink(self.path)
+        self.assertEqual(self.facts("restore", self.other)["records"]["tasks"], 13)
+        self.assertEqual(held(self.path), before)
+        self.printed("stats", "--prometheus", "-o", self.file)
+        self.assertIn("operator_db_tasks", scraped(contents(self.file).decode()))
+        put_contents(self.file, PROTOTYPES.encode())
+        self.assertIn("prototype does not export proofs", self.printed("import", self.file))
+        for command in ("prune", "compact", f"restore {self.other}", f"backup {self.file}2"):
+            self.assertRegex(self.printed(*command.split()), r"\d")
+
+    def test_takes_its_options_before_and_after_and_its_path_from_flag_environment_or_home(self) -> None:
+        del os.environ["AGENC_DB_PATH"]
+        wanted = self.facts("keys", "proofs", "--db-path", self.path)
+        os.environ["AGENC_DB_PATH"] = self.other
+        for arguments in (
+            ("--json", "--db-path", self.path, "keys", "proofs"),
+            ("--db-path", self.path, "keys", "--json", "proofs"),
+            ("--db-path", self.other, "keys", "proofs", "--json", "--db-path=" + self.path),
+        ):
+            self.assertEqual(json.loads(self.printed(*arguments)), wanted)
+        os.environ["AGENC_DB_PATH"] = self.path
+        self.assertEqual(self.facts("keys", "proofs"), wanted)
+        del os.environ["AGENC_DB_PATH"]
+        os.mkdir(os.path.join(self.folder, ".agenc"))
+        os.rename(self.path, os.path.join(self.folder, ".agenc", "operator.db"))
+        self.assertEqual(self.facts("keys", "proofs"), wanted)
+        self.assertIn(operator_db.__version__, self.printed("--version"))
+
+    def test_has_a_help_that_teaches_with_an_example_that_works(self) -> None:
+        listed = self.printed("--help").partition("\ncommands")[2]
+        commands = re.findall(r"^  ([a-z-]+) ", listed, re.MULTILINE)
+        wanted = (
+            "stats list-tasks list-proofs list-sessions get keys export import prune check backup restore"
+        )
+        self.assertEqual(set(commands), {*wanted.split(), "compact", "dispute", "verify"})
+        os.environ["AGENC_DB_PATH"] = self.path + ".missing"
+        for command in commands:
+            with self.subTest(command=command):
+                says = self.printed(command, "--help")
+                self.assertTrue("--db-path PATH" in says and "--json" in says)
+                (example,) = re.findall(rf"^ +\S*python3? operator_db.py ({command}.*)$", says, re.MULTILINE)
+                status, out, err = self.cli(*shlex.split(example.partition(">")[0]))
+                self.assertEqual(
+                    (status, out), (1, "")
+                )  # there is nothing to work on, and that alone is wrong
+                self.assertRegex(err, "there is no database|cannot read")
+        self.assertEqual(self.names(), {"operator.db"})
+
+    def test_ends_with_0_1_or_2(self) -> None:
+        put_contents(self.file, json.dumps({**self.facts("dispute", "t1"), "evidence_hash": "00"}).encode())
+        for command in (
+            "get tasks:nobody", "get nothing:x", "keys nothing", "keys session_log", "import missing", "restore missing",
+            "dispute t0", "verify missing", f"import {self.path}", f"import {self.file}", f"restore {self.file}",
+            f"backup {self.path}", f"backup {self.file}", "export -o missing/file", "stats --prometheus -o missing/file",
+        ):  # fmt: skip
+            with self.subTest(command=command), self.unchanged():
+                status, out, err = self.cli(*command.split())
+                self.assertEqual((status, out, err.count("\n")), (1, "", 1))
+                self.assertTrue(err.startswith("operator_db: "), err)
+        self.assertIn("evidence_hash", self.printed("verify", self.file, status=1))
+        self.assertEqual(len(self.facts("verify", self.file, status=1)["problems"]), 1)
+        for command in (
+            "nothing", "stats --nothing", "stats more", "list-tasks --status lost", "list-tasks --limit -1", "list-tasks --stat claimed",
+            "get", "get tasks", "keys", "prune --older-than soon", "prune --older-than -1", "prune --session-days nan", "backup",
+            "import", "restore", "dispute", "verify", "verify x --evidence-hash abc", "--json=5 stats",
+        ):  # fmt: skip
+            with self.subTest(command=command), self.unchanged():
+                status, out, err = self.cli(*command.split())
+                self.assertEqual((status, out, err.startswith("usage: ")), (2, "", True))
+        with closing(sqlite3.connect(self.path)) as raw, raw:
+            raw.execute("UPDATE tasks SET crc = crc + 1 WHERE key = 'tasks:t3'")
+        self.assertIn("tasks:t3", self.printed("check", status=1))
+        self.assertIn("tasks:t3", self.facts("check", status=1)["problems"][0])
+        self.assertEqual(self.cli("list-tasks")[0], 1)
+
+
+class WhatPeopleSee(Console):
+    def test_never_steers_their_terminal_and_fits_every_encoding(self) -> None:
+        for command in LOOKS:
+            facts = []
+            for encoding, flags in itertools.product(("utf-8", "ascii"), ((), ("--json",))):
+                with self.subTest(encoding=encoding, command=command, flags=flags):
+                    text = self.printed(*command, *flags, encoding=encoding)
+                    shown = text if command != ("export",) else ""
+                    self.assertEqual([c for c in shown if not c.isprintable() and c != "\n"], [])
+                    if flags and command not in (("stats", "--prometheus"), ("export",)):
+                        facts.append(json.loads(text))
+            self.assertEqual(facts[1:], facts[:1])
+        for key in ("tasks:\x1b[2J", "x\x1b:\r\n"):
+            self.assertTrue(self.cli("get", key)[2].rstrip("\n").isprintable())
+        environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+        out, err = self.program("list-tasks", env=environment).communicate(timeout=30)
+        self.assertEqual((out.decode("ascii"), err), (self.printed("list-tasks", encoding="ascii"), b""))
+
+    def test_is_aligned_in_a_pipe_and_whole(self) -> None:
+        head, *rows = self.printed("list-tasks").splitlines()
+        self.assertEqual(len(rows), 13)
+        for name in ("status", "since", "reward"):
+            start = columns_of(head[: head.index(name)])
+            for row in rows:
+                cut = next(n for n in range(999) if columns_of((row + " " * 999)[:n]) >= start)
+                before = row[:cut].ljust(cut)
+                self.assertEqual((columns_of(before), before[-2:]), (start, "  "), row)
+                self.assertTrue(row[cut : cut + 1].strip() or name == "reward", row)
+        self.assertIn("漢字 é " * 29, self.printed("list-tasks"))
+
+    def test_are_human_times_sizes_and_amounts(self) -> None:
+        text = self.printed("list-tasks")
+        for words in ("(3 d ago)", "(now)", "1.5 SOL", "7 SKR units", "1970-01-01 00:00"):
+            self.assertIn(words, text)
+        self.fill_large(self.path)
+        self.assertRegex(self.printed("stats"), r"\d\.\d MiB")
+
+    def test_are_bars_where_numbers_are_compared(self) -> None:
+        tasks = self.facts("stats")["tasks"]
+        for encoding, block in (("utf-8", "█"), ("ascii", "#")):
+            text = self.printed("stats", encoding=encoding)
+            bars = dict(re.findall(rf"^(\w+) +\d+ *({block}*)$", text, re.MULTILINE))
+            for one, other in itertools.product(tasks, tasks):
+                self.assertEqual(tasks[one] > tasks[other], len(bars[one]) > len(bars[other]))
+            self.assertIn(block * 20, text.partition("bytes by namespace")[2])
+
+    def test_fits_their_terminal(self) -> None:
+        for columns in (20, 40, 80, 132):
+            for command in ("stats", "list-tasks", "list-proofs", "list-sessions"):
+                with self.subTest(columns=columns, command=command):
+                    lines = self.on_terminal(columns, command).splitlines()
+                    self.assertLessEqual(max(map(columns_of, lines)), columns)
+                    self.assertGreater(len(lines), 3)
+
+    def test_of_help_fits_their_terminal_too(self) -> None:
+        for columns in (60, 80, 132):
+            for command in ("", "stats", "prune", "verify", "get"):
+                with self.subTest(columns=columns, command=command):
+                    lines = self.on_terminal(columns, *command.split(), "--help").splitlines()
+                    wide = [line for line in lines if columns_of(line) > columns and " python " not in line]
+                    self.assertEqual(wide, [])
+
+    def test_while_they_wait_is_a_bar_on_a_terminal_and_nothing_elsewhere(self) -> None:
+        for columns in (20, 40, 80):
+            sent = self.on_terminal(columns, "export", "-o", self.file)
+            self.assertRegex(sent, r"^\rexport.*\d%\x1b\[K\r\x1b\[K$")
+            self.assertLess(max(columns_of(part) for part in re.split(r"[\r\n]|\x1b\[K", sent)), columns)
+        self.assertEqual(self.printed("export", "-o", self.file), "")
+        self.assertRegex(self.on_terminal(80, "backup", self.other), r"\rbackup \[.*\n")
+
+    def test_ends_quietly_when_nobody_reads_on(self) -> None:
+        with OperatorDb(self.path, durable=False) as db, db.transaction():
+            put(db, *(f"many{n}" for n in range(900)), description="x" * 200)
+        for command in (("list-tasks",), ("export",), ("keys", "tasks", "--json")):
+            with self.subTest(command=command), self.program(*command) as told:
+                self.assertTrue(told.stdout.readline())
+                told.stdout.close()
+                self.assertEqual(told.stderr.read(), b"")
+
+    def test_is_one_clear_line_when_standard_output_is_full_and_nothing_when_it_is_closed(self) -> None:
+        for command in (("list-tasks",), ("export",), ("stats", "--json"), ("stats", "--help")):
+            with self.subTest(command=command), open("/dev/full", "wb") as full:
+                told = self.program(*command, stdout=full)
+                lines = told.communicate(timeout=30)[1].decode().splitlines()
+                self.assertEqual((told.returncode, len(lines)), (1, 1), lines)
+                self.assertIn(os.strerror(errno.ENOSPC), lines[0])
+        for command in (("list-tasks",), ("export",), ("backup", self.other)):
+            with self.subTest(command=command):
+                told = self.program(*command, stdout=None, preexec_fn=lambda: os.close(1))
+                self.assertEqual((told.communicate(timeout=30), told.returncode), ((None, b""), 0))
+        self.assertEqual(held(self.other), held(self.path))
+
+
+class Looking(Console):
+    def test_beside_a_running_operator_is_consistent_and_never_holds_it_up(self) -> None:
+        def operate(say: Callable[[object], None]) -> None:
+            with OperatorDb(self.path, durable=False, timeout=0) as db:  # whoever holds it up is an error
+                for n in itertools.count():
+                    with db.transaction():
+                        put(db, f"a{n % 300}", f"z{n % 300}", reward_lamports=n)
+                    if n % 20 == 0:
+                        say(n)
+
+        operator = Forked(operate)
+        operator.line()
+        names = set(os.listdir(self.folder))
+        for command in LOOKS:
+            operator.line()
+            text = self.printed(*command, *(("--json",) if command == ("list-tasks",) else ()))
+            if command in (("list-tasks",), ("export",)):
+                found = re.findall(r'"task_id": ?"([az])(\d+)".*?"reward_lamports": ?(\d+)', text, re.DOTALL)
+                seen = [{name[1:] for name in found if name[0] == letter} for letter in "az"]
+                self.assertEqual(seen[0], seen[1])
+                self.assertGreater(len(seen[0]), 0)
+            if command == ("stats",):
+                count, _ = re.findall(r"^tasks +(\d+)", text, re.MULTILINE)  # by records, by bytes
+                self.assertEqual(int(count) % 2, 1)
+        self.facts("backup", self.other)
+        self.assertEqual(set(os.listdir(self.folder)), names | {"other.db"})
+        operator.line()
+        operator.kill()
+        self.check_sound()
+        self.check_sound(self.other)
+
+    def test_works_where_nothing_can_be_written_and_creates_nothing(self) -> None:
+        wanted = [self.printed(*command) for command in LOOKS[:-3]]
+        before = contents(self.path)
+
+        def look() -> None:
+            os.chmod(self.path, 0o400)
+            os.chmod(self.folder, 0o500)
+            for command, text in zip(LOOKS[:-3], wanted, strict=True):
+                skipped = command in (
+                    ("export",),
+                    ("stats",),
+                )  # the time, the sizes of what is beside the file
+                texts = [each.split("\n", 1)[skipped:] for each in (self.printed(*command), text)]
+                self.assertEqual(texts[0], texts[1], command)
+            self.assertEqual(os.listdir(self.folder), ["operator.db"])
+
+        try:
+            as_nobody(self.folder, look)
+        finally:
+            os.chmod(self.folder, 0o700)
+        self.assertEqual(contents(self.path), before)
+
+    def test_at_what_is_no_database_of_ours_is_one_line_and_creates_nothing(self) -> None:
+        places = {
+            name: os.path.join(self.folder, name)
+            for name in ("text", "redb", "theirs", "newer", "unreadable")
+        }
+        put_contents(places["text"], b"some text " * 99)
+        put_contents(places["redb"], b"redb\x1a\n\xa9\r\n" + bytes(5000))
+        put_contents(places["newer"], contents(self.path))
+        put_contents(places["unreadable"], contents(self.path))
+        with closing(sqlite3.connect(places["theirs"])) as raw, raw:
+            raw.execute("CREATE TABLE theirs(a)")
+        with closing(sqlite3.connect(places["newer"])) as raw:
+            raw.execute("PRAGMA user_version = 99")
+        places |= {
+            name: os.path.join(self.folder, name) for name in ("missing", "missing/below", "text/below")
+        }
+        places["folder"] = self.folder
+
+        def look() -> None:
+            os.chmod(places["unreadable"], 0)
+            before = {path: os.stat(path) for path in places.values() if os.path.exists(path)}
+            names = os.listdir(self.folder)
+            for (name, path), command in itertools.product(
+                places.items(), (*LOOKS[:2], *LOOKS[-5:], ("prune",), ("compact",))
+            ):
+                status, out, err = self.cli("--db-path", path, *command)
+                self.assertEqual(
+                    (status, out, err.count("\n"), path in err), (1, "", 1, True), (name, command, err)
+                )
+            for path, old in before.items():
+                new = os.stat(path)
+                self.assertEqual((new.st_mtime_ns, new.st_size), (old.st_mtime_ns, old.st_size), path)
+            self.assertEqual(sorted(os.listdir(self.folder)), sorted(names))
+
+        self.cli("prune", "--dry-run")  # imports what is imported where it is used, while it can be read
+        as_nobody(self.folder, look)
+
+
+class TheReadmesHelp(Console):
+    def test_is_that_of_the_command_line(self) -> None:
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        block = re.search(
+            r"^```console\n\$ python operator_db\.py --help\n(.*?)^```", readme, re.MULTILINE | re.DOTALL
+        )
+        assert block, "the README shows no help"
+        os.environ["COLUMNS"] = "100"
+        self.assertEqual(block[1], self.printed("--help"))
+
+
+REPLICATOR = r"""
+import os, sqlite3, sys
+path = sys.argv[1]
+db = sqlite3.connect(path, isolation_level=None, timeout=5)
+db.execute("CREATE TABLE IF NOT EXISTS _litestream_seq (id INTEGER PRIMARY KEY, seq INTEGER)")
+db.execute("CREATE TABLE IF NOT EXISTS _litestream_lock (id INTEGER)")
+def wal():
+    with open(path + "-wal", "rb") as file:
+        return file.read(32), os.fstat(file.fileno()).st_size
+def lock_shortly():
+    db.execute("BEGIN IMMEDIATE")
+    db.execute("INSERT INTO _litestream_lock VALUES (1)")
+    db.execute("ROLLBACK")
+lock_shortly()
+db.execute("INSERT OR REPLACE INTO _litestream_seq VALUES (1, 1)")
+db.execute("BEGIN")
+db.execute("SELECT count(*) FROM _litestream_seq").fetchone()
+before = wal()
+print("holds", flush=True)
+sys.stdin.readline()
+after = wal()
+db.execute("ROLLBACK")
+print(before[0] == after[0] and before[1] <= after[1], flush=True)
+for _ in range(20):
+    lock_shortly()
+    db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+sys.stdin.readline()
+"""
+
+
+class AReplicatorBesideIt(Scratch):
+    """What Litestream does to a database: https://litestream.io/how-it-works/."""
+
+    def test_keeps_its_read_lock_its_tables_and_an_unbroken_log(self) -> None:
+        db = self.open()
+        put(db, "first")
+        command = [sys.executable, "-c", REPLICATOR, self.path]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as replicator:
+            assert replicator.stdin is not None
+            assert replicator.stdout is not None
+            self.assertEqual(replicator.stdout.readline(), "holds\n")
+            for number in range(50):
+                db.store_task(
+                    TaskRecord(task_id=str(number), payload=bytes(500_000), status="completed", claimed_at=0)
+                )
+            db.prune()
+            self.assertGreater(os.stat(self.path + "-wal").st_size, 30 * 2**20)  # held back, as it must be
+            replicator.stdin.write("\n")
+            replicator.stdin.flush()
+            self.assertEqual(
+                replicator.stdout.readline(), "True\n", "the log was cut or begun anew under the lock"
+            )
+            for number in range(100):
+                put(db, f"beside {number}")
+            replicator.stdin.write("\n")
+            replicator.stdin.flush()
+        put(db, "last")
+        self.assertLessEqual(os.stat(self.path + "-wal").st_size, 16 * 2**20)
+        self.assertEqual((db.count_tasks()["claimed"], db.check()), (102, []))
+        with self.raw() as raw:
+            self.assertEqual(raw.execute("SELECT seq FROM _litestream_seq").fetchall(), [(1,)])
 
 
 # ---- soak: random operations, random faults, and a model in memory to compare with
