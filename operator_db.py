@@ -48,7 +48,7 @@ from heapq import merge
 from io import RawIOBase, TextIOBase
 from itertools import accumulate, islice
 from operator import attrgetter
-from typing import IO, Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
+from typing import IO, Annotated, Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar, cast
 from zlib import crc32
 
 __version__ = "1.0.0"
@@ -925,6 +925,13 @@ def _typed(error: Exception, path: str) -> OperatorDbError:
         return StorageError(f"{path}: the disk is full; nothing of this change was stored")
     if code == sqlite3.SQLITE_READONLY:
         return StorageError(f"{path} cannot be written ({error})")
+    if code == sqlite3.SQLITE_CANTOPEN:
+        why = (
+            "a -wal beside it needs a directory that may be written"
+            if os.access(path, os.R_OK)
+            else "permission denied"
+        )
+        return StorageError(f"{path} cannot be opened: {why}")
     if isinstance(error, sqlite3.ProgrammingError):
         return ClosedError(f"{path}: the connection is closed ({error})")
     return StorageError(f"{path}: {error} ({getattr(error, 'sqlite_errorname', type(error).__name__)})")
@@ -1007,7 +1014,10 @@ def _real_path(path: str | os.PathLike[str]) -> str:
         text = os.fsdecode(path)
         if not text or b"\0" in os.fsencode(text):
             raise ValueError("it is empty or holds a NUL")
-        return os.path.realpath(os.path.expanduser(text))
+        whole = os.path.expanduser(text)
+        if whole.startswith(("~/", "~\\")):
+            raise ValueError("there is no home directory: set HOME, or give a path")
+        return os.path.realpath(whole)
     except (TypeError, ValueError) as error:
         raise InvalidRecordError(f"{_short(path)} is not a path: {error}") from None
     except OSError as error:  # a relative path, and the working directory is gone
@@ -1030,6 +1040,14 @@ def _size(path: str) -> int:
     with _file_errors(path), suppress(FileNotFoundError):
         return os.stat(path).st_size
     return 0
+
+
+def _is_there(path: str) -> bool:
+    """Whether there is a file; raise StorageError where one may not look."""
+    with _file_errors(path), suppress(FileNotFoundError):
+        os.lstat(path)
+        return True
+    return False
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -1081,7 +1099,9 @@ def _inspect(path: str, timeout: float) -> int | None:
             version = _version(connection)
             whole = _pragma(connection, "page_count") * _pragma(connection, "page_size")
             if not _size(path + "-wal") and _size(path) < whole:
-                raise DamagedError(f"{path} is cut short: {_size(path)} of {whole} bytes; restore a backup")
+                raise DamagedError(
+                    f"{path} is cut short: {_size(path)} of {whole} bytes; move it aside, and restore a backup"
+                )
             return version
         finally:
             connection.close()
@@ -1375,6 +1395,7 @@ class _Store:
         self._current: ContextVar[_Lease | None] = ContextVar("operator_db_lease", default=None)
         self._opened: tuple[int, int] | None = None  # the file's identity
         self._closed = ""  # why every call is refused
+        self.counted: list[dict[str, Latency]] = []  # what this process has done
         self._forget_connections()
         with _stores_lock:
             _stores.add(self)
@@ -1882,6 +1903,8 @@ class _Store:
 
     def after_fork_in_child(self) -> None:
         """Begin anew, or, where the parent's connections could not be closed, refuse every call from now on."""
+        for latencies in self.counted:
+            latencies.clear()
         inherited = self._connections()
         for lease in (*(connection.holder for connection in self._readers), *self._queue):
             lease.connection = None  # so that leaving the parent's block here touches nothing
@@ -2553,6 +2576,7 @@ class _TimedNamespace(Namespace[R]):
     def __init__(self, store: _Store, name: str, record_type: type[R], **columns: Any) -> None:
         super().__init__(store, name, record_type, **columns)
         self._latencies: dict[str, Latency] = {}
+        store.counted.append(self._latencies)
 
     get = _timed(Namespace.get)
     put = _timed(Namespace.put)
@@ -2566,14 +2590,17 @@ class _TimedNamespace(Namespace[R]):
 def _exposition(stats: DbStats) -> str:
     """Return statistics in the text format of https://prometheus.io/docs/instrumenting/exposition_formats/."""
     lines: list[str] = []
+    path = stats.path.encode(errors="replace").decode()
+    for plain, escaped in (("\\", "\\\\"), ("\n", "\\n"), ('"', '\\"')):
+        path = path.replace(plain, escaped)
 
     def family(
         name: str, kind: str, says: str, samples: Iterable[tuple[str, dict[str, object], float]]
     ) -> None:
         lines.extend((f"# HELP operator_db_{name} {says}", f"# TYPE operator_db_{name} {kind}"))
         for suffix, labels, value in samples:
-            shown = ",".join(f'{label}="{text}"' for label, text in labels.items())
-            lines.append(f"operator_db_{name}{suffix}{'{' + shown + '}' if shown else ''} {value}")
+            shown = "".join(f',{label}="{text}"' for label, text in labels.items())
+            lines.append(f'operator_db_{name}{suffix}{{database="{path}"{shown}}} {value}')
 
     def by(label: str, values: dict[Any, int]) -> list[tuple[str, dict[str, object], float]]:
         return [("", {label: name}, value) for name, value in values.items()]
@@ -2662,6 +2689,11 @@ def _moved(task: TaskRecord, status: TaskStatus, signature: str | None, at: int 
     return task
 
 
+def _tell(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    """Report the progress of one part of long work as that of the whole."""
+    progress(before + done, total)
+
+
 class OperatorDb:
     """The operator's database: tasks, sessions, proofs, config, and namespaces of its own, in one SQLite file.
 
@@ -2722,6 +2754,7 @@ class OperatorDb:
         ours: list[Namespace[Any]] = [self._tasks, self._sessions, self._log, self._proofs, self._config]
         self._namespaces = {each.name: each for each in ours}
         self._latencies: dict[str, Latency] = {}
+        self._store.counted.append(self._latencies)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str] | None = None, **options: Any) -> OperatorDb:
@@ -3206,10 +3239,12 @@ class OperatorDb:
                 task_days, status=TaskStatus.COMPLETED, dry_run=dry_run, progress=progress
             )
         if session_days is not None:
-            sessions = self._sessions.prune(session_days, dry_run=dry_run, progress=progress)
+            told = progress and partial(_tell, progress, tasks, 0)
+            sessions = self._sessions.prune(session_days, dry_run=dry_run, progress=told)
         if proof_days is not None:
+            told = progress and partial(_tell, progress, tasks + sessions, 0)
             proofs = self._proofs.prune(
-                proof_days, status=True, keep=self._task_is_unsettled, dry_run=dry_run, progress=progress
+                proof_days, status=True, keep=self._task_is_unsettled, dry_run=dry_run, progress=told
             )
         if not dry_run:
             self._store.give_back_pages()
@@ -3232,8 +3267,14 @@ class OperatorDb:
         others: list[Namespace[Any]] = []
         with suppress(DamagedError):  # already reported
             others = self._others()
-        for namespace in (*(self._namespaces[name] for name in _OUR_TABLES), *others):
-            found += namespace.problems(progress)
+        kinds: list[Namespace[Any]] = [*(self._namespaces[name] for name in _OUR_TABLES), *others]
+        total = done = 0
+        with suppress(DamagedError):
+            total = sum(kind.count() for kind in kinds) if progress else 0
+        for kind in kinds:
+            found += kind.problems(progress and partial(_tell, progress, done, total))
+            with suppress(DamagedError):
+                done += kind.count() if progress else 0
         found += self._log_problems()
         return found
 
@@ -3248,11 +3289,10 @@ class OperatorDb:
         with self._store.snapshot():
             tables = self._store.table_bytes()
             kept = [*(self._namespaces[name] for name in _OUR_TABLES), *self._others()]
-            operations = {name: latency.copy() for name, latency in self._latencies.copy().items()}
+            operations = self._latencies.copy()
             for own in self._namespaces.values():
                 if isinstance(own, _TimedNamespace):
-                    for verb, latency in own._latencies.copy().items():
-                        operations[f"{own.name}.{verb}"] = latency.copy()
+                    operations |= {f"{own.name}.{verb}": each for verb, each in own._latencies.copy().items()}
             return DbStats(
                 path=self.path,
                 schema_version=len(_MIGRATIONS),
@@ -3266,17 +3306,17 @@ class OperatorDb:
                 bytes={namespace.name: tables.get(namespace.name, 0) for namespace in kept},
                 tasks={status: self._tasks.count(status) for status in TaskStatus},
                 unsubmitted_proofs=self._proofs.count(False),
-                operations=operations,
+                operations={name: each.copy() for name, each in operations.items() if each.count},
             )
 
     def prometheus(self) -> str:
-        """Return `stats` in Prometheus's text exposition format, every name beginning with `operator_db_`."""
+        """Return `stats` in Prometheus's text format: names begin with `operator_db_`, the label `database` is the path."""
         return _exposition(self.stats())
 
     def write_metrics(self, path: str | os.PathLike[str]) -> None:
         """Write `prometheus()` to a file, replaced as a whole, for node_exporter's textfile collector (a name in `.prom`).
 
-        Others may read it (mode 0644 under the umask), for node_exporter is another user.
+        Others may read it (mode 0644), for node_exporter is another user.
         """
         with _output(path, mode=0o644) as file:
             file.write(self.prometheus().encode())
@@ -3330,7 +3370,7 @@ class OperatorDb:
         with _file_errors(f"cannot write {target}"), _new_file(target) as temporary:
             self._store.copy_to(temporary, progress)
             with OperatorDb(temporary, read_only=True) as copied:
-                _refuse_damaged(copied, "no backup was made")
+                _refuse_damaged(copied, f"no backup was made of {self.path}", progress)
             _refuse_over(target, overwrite)
             if overwrite:
                 os.replace(temporary, target)
@@ -3349,6 +3389,8 @@ class OperatorDb:
         origin = _real_path(path)
         if self._store.has_open(origin):
             raise InvalidRecordError(f"{origin} is this database itself")
+        if not _is_there(origin):
+            raise StorageError(f"{origin}: there is no such backup")
         names = self._store.other_tables()
         with _file_errors(f"cannot copy {origin}"), _new_file(self.path) as temporary:
             with OperatorDb(origin, read_only=True, timeout=self._store.timeout) as source:
@@ -3360,7 +3402,7 @@ class OperatorDb:
                         copied._store.ensure_table(name)
                 except ForeignFileError as error:
                     raise ForeignFileError(str(error).replace(temporary, origin)) from None
-                _refuse_damaged(copied, f"nothing was restored from {origin}")
+                _refuse_damaged(copied, f"nothing was restored from {origin}", progress)
                 self._store.copy_from(copied._store, progress)
 
     @_timed
@@ -3373,6 +3415,17 @@ class OperatorDb:
         before = self._store.size()
         self._store.vacuum()
         return before - self._store.size()
+
+    def _has_no_session(self, log: str) -> bool:
+        """Whether a log is there and its session is not: both may have come or gone since they were listed."""
+        with self._store.snapshot():
+            try:
+                session = self._sessions.get(log.partition(":")[2])
+            except DamagedError:  # reported by its namespace
+                return False
+            except InvalidRecordError:
+                session = None
+            return session is None and self._log.count(log) > 0
 
     def _log_problems(self) -> Iterator[str]:
         """Find sessions whose log is not as long as they know, and logs that belong to no session."""
@@ -3391,7 +3444,7 @@ class OperatorDb:
                         if (found := self._log.count(log)) != count:
                             yield f"session_log:{_short(log)} has {found} entries, its session knows {count}"
             for log in self._log.statuses():
-                if log not in known:
+                if log not in known and self._has_no_session(log):
                     yield f"session_log:{_short(log)} belongs to no session"
         except DamagedError as error:
             yield f"session_log: {error}"
@@ -3413,8 +3466,8 @@ _PROTOTYPE_FIELDS = {"exported_at", "stats", "config", "tasks", "sessions"}
 _PROTOTYPE_TASK = {f.name for f in fields(TaskRecord)} - {"history"}
 
 
-def _refuse_damaged(db: OperatorDb, outcome: str) -> None:
-    problems = db.check()
+def _refuse_damaged(db: OperatorDb, outcome: str, progress: Progress | None) -> None:
+    problems = db.check(progress=progress)
     if problems:
         raise DamagedError(f"{outcome}: {len(problems)} problems, {problems[0]}")
 
@@ -3422,7 +3475,7 @@ def _refuse_damaged(db: OperatorDb, outcome: str) -> None:
 def _refuse_open(path: str) -> None:
     """Keep the files of a database that is open in this process from being opened or replaced as plain ones."""
     if any(store.has_open(path) for store in _all_stores()):
-        raise InvalidRecordError(f"{path} belongs to a database that is open here")
+        raise InvalidRecordError(f"{path} belongs to a database that is open here: choose another file")
 
 
 def _refuse_over(path: str, overwrite: bool) -> None:
@@ -3457,7 +3510,9 @@ def _output(file: _Place, mode: int = 0o600) -> Iterator[IO[bytes]]:
     import tempfile
 
     if not isinstance(file, (str, bytes, os.PathLike)):
-        with tempfile.TemporaryFile() as spool:
+        with _file_errors("cannot make a temporary file"):
+            made = tempfile.TemporaryFile()  # noqa: SIM115
+        with made as spool:
             with _file_errors("cannot write a temporary file"):
                 yield spool
                 spool.seek(0)
@@ -3908,7 +3963,12 @@ def _promise_status(path: str) -> None:
 
 def _promise_sessions(path: str) -> None:
     with OperatorDb(path, durable=False) as db:
-        talk = lambda: [db.append_transcript("s", "user", "hello") for _ in range(25)]  # noqa: E731
+
+        def talk() -> None:
+            with suppress(ClosedError):  # after Ctrl-C
+                for _ in range(25):
+                    db.append_transcript("s", "user", "hello")
+
         threads = [threading.Thread(target=talk) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -4004,22 +4064,23 @@ def _promise_foreign_files(path: str) -> None:
 
 
 def _promise_killed_writer(path: str) -> None:
-    import subprocess
-
-    folder, name = os.path.split(os.path.abspath(__file__))
-    program = (
-        f"import sys; sys.path.insert(0, {folder!r}); from {os.path.splitext(name)[0]} import *\n"
-        f"db = OperatorDb({path!r})\n"
-        "for n in range(10**6): db.store_task(TaskRecord(task_id=str(n))); print(n, flush=True)"
-    )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as writer:
-        told = cast(Any, writer.stdout)
-        acknowledged = [int(told.readline() or -1) for _ in range(20)]
-        writer.kill()
-        acknowledged += [int(line) for line in told]
+    told, telling = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException), OperatorDb(path) as db:
+            for number in range(10**6):
+                db.store_task(TaskRecord(task_id=str(number)))
+                os.write(telling, b".")
+        os._exit(1)
+    os.close(telling)
+    with open(told, "rb", buffering=0) as acknowledged:
+        count = sum(len(acknowledged.read(1)) for _ in range(20))
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        count += len(acknowledged.read())
     with OperatorDb(path) as db:
-        _expect(acknowledged[-1] >= 19, "the writer wrote")
-        _expect(all(db.get_task(str(number)) for number in acknowledged), "every acknowledged write is there")
+        _expect(count >= 20, "the writer wrote")
+        _expect(all(db.get_task(str(number)) for number in range(count)), "every acknowledged write is there")
         _expect(db.check() == [], "the file is sound")
 
 
@@ -4052,9 +4113,9 @@ _PROMISES: dict[str, Callable[[str], None]] = {
     "an export and a backup hold everything, and every call is counted": _promise_transfer,
     "damage is found, and named by key": _promise_damage,
     "a file that is not ours is refused and left alone": _promise_foreign_files,
-    "a writer that is killed loses nothing it was told is stored": _promise_killed_writer,
 }
 if hasattr(os, "fork"):
+    _PROMISES["a writer that is killed loses nothing it was told is stored"] = _promise_killed_writer
     _PROMISES["files are private from their first byte, and fork() is safe"] = _promise_fork
 
 
@@ -4078,26 +4139,26 @@ def self_check(db_path: str | os.PathLike[str] | None = None, *, as_json: bool =
     for sentence, error in _tried():
         broken |= {sentence: error} if error else {}
         if not as_json:
-            print(f"FAIL  {sentence}\n      {error}" if error else f"ok    {sentence}", flush=True)
-    path, records, problems = _database_path(db_path), 0, []
-    exists = os.path.lexists(path)
-    if exists:
-        try:
+            print(f"FAIL  {sentence}\n      {_shown(error)}" if error else f"ok    {sentence}", flush=True)
+    path, found, problems = _database_path(db_path), "no database yet; the first OperatorDb() creates it", []
+    try:
+        if _is_there(path):
+            found = "it cannot be opened"
             with OperatorDb(path, read_only=True) as db:
-                problems, records = db.check(), sum(db.stats().records.values())
-        except OperatorDbError as error:
-            problems = [str(error)]
-    held = f"{len(_PROMISES) - len(broken)} of {len(_PROMISES)} promises held"
+                problems = db.check()
+                found = f"{sum(db.stats().records.values()):,} records, problems found: {len(problems)}"
+    except OperatorDbError as error:
+        problems = [str(error)]
+    versions = f"operator_db {__version__}, SQLite {sqlite3.sqlite_version}"
     if as_json:
+        promises = {sentence: broken.get(sentence) for sentence in _PROMISES}
         _print_json(
-            {"promises": held, "broken": broken, "path": path if exists else None, "problems": problems}
+            {"versions": versions, "promises": promises, "path": path, "found": found, "problems": problems}
         )
     else:
-        print(f"{held} (operator_db {__version__}, SQLite {sqlite3.sqlite_version})")
-        found = f"{records:,} records, {len(problems) or 'no'} problems found"
-        print(f"{path}: {found if exists else 'no database yet; the first OperatorDb() creates it'}")
-        for problem in problems:
-            print(f"      {problem}")
+        print(f"{len(_PROMISES) - len(broken)} of {len(_PROMISES)} promises held ({versions})")
+        for line in (f"{path}: {found}", *(f"      {problem}" for problem in problems)):
+            print(_shown(line))
     return not broken and not problems
 
 
@@ -4167,27 +4228,38 @@ def _width(text: str) -> int:
     """Return how many columns a text takes on a terminal."""
     import unicodedata
 
+    if text.isascii():
+        return len(text)
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
+    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
+
+
+def _fitted(text: str, width: int, flush: bool) -> str:
+    """Return a text padded to a width, on the left when it is to end flush, or cut to it, with a sign that it was."""
+    room = width - _width(text)
+    if room < 0:
+        sign = "…" if _shown("…") == "…" else "~"
+        ends = accumulate(map(_width, text[:width]))
+        text = "".join(c for c, end in zip(text, ends, strict=False) if end < width) + sign
+        room = width - _width(text)
+    return " " * room + text if flush else text + " " * room
 
 
 def _print_table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print aligned columns, numbers to the right; on a terminal, lines are cut to its width."""
+    """Print aligned columns, numbers to the right; on a terminal, the widest are cut until all of them fit."""
     import shutil
 
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     table: list[list[object]] = [list(head), *map(list, rows)]
     texts = [[f"{cell:,}" if type(cell) is int else _shown(cell) for cell in row] for row in table]
     widths = [max(map(_width, column)) for column in zip(*texts, strict=True)]
-    for row, line_texts in zip(table, texts, strict=True):
-        padded = []
-        for cell, text, width in zip(row, line_texts, widths, strict=True):
-            fill = " " * (width - _width(text))
-            padded.append(fill + text if type(cell) is int else text + fill)
-        line = "  ".join(padded).rstrip()
-        while room and _width(line) > room:
-            line = line[:-1]
-        print(line)
+    if sys.stdout.isatty():
+        room = max(shutil.get_terminal_size().columns - 2 * (len(widths) - 1), len(widths))
+        widths = [min(width, room) for width in widths]
+        while sum(widths) > room:
+            widths[widths.index(max(widths))] -= 1
+    for row, line in zip(table, texts, strict=True):
+        cells = zip(row, line, widths, strict=True)
+        print("  ".join(_fitted(text, width, type(cell) is int) for cell, text, width in cells).rstrip())
 
 
 def _print_bars(title: str, numbers: dict[str, int], text: Callable[[int], str]) -> None:
@@ -4222,8 +4294,6 @@ def _print_facts(options: Any, facts: dict[str, Any], text: str) -> int:
 @contextmanager
 def _progress(label: str) -> Iterator[Progress | None]:
     """Give what draws a progress bar on standard error; nothing where that is no terminal."""
-    import shutil
-
     if not sys.stderr.isatty():
         yield None
         return
@@ -4234,7 +4304,7 @@ def _progress(label: str) -> Iterator[Progress | None]:
         if time.monotonic() - drawn < 0.1:
             return
         drawn = time.monotonic()
-        room = max(0, min(30, shutil.get_terminal_size().columns - len(label) - 20))
+        room = max(0, min(30, os.get_terminal_size(sys.stderr.fileno()).columns - len(label) - 20))
         share = min(done / total, 1.0) if total else 0.0
         bar = f"[{'#' * int(share * room):{room}}] {share:4.0%}" if total else f"{done:,}"
         print(f"\r{label} {bar}\x1b[K", end="", file=sys.stderr, flush=True)
@@ -4275,6 +4345,9 @@ def _stats(db: OperatorDb, options: Any) -> int:
 
     stats --prometheus -o /var/lib/node_exporter/operator_db.prom
     """
+    if options.o is not None and not options.prometheus:
+        print("operator_db: -o goes with --prometheus", file=sys.stderr)
+        return 2
     if options.prometheus:
         if options.o in (None, "-"):
             print(db.prometheus(), end="")
@@ -4412,9 +4485,10 @@ def _export_(db: OperatorDb, options: Any) -> int:
 
     export -o operator.jsonl
     """
+    file = sys.stdout if options.o in (None, "-") else options.o
     with _progress("export") as progress:
-        file = sys.stdout if options.o in (None, "-") else options.o
-        db.export(file, include_secrets=options.include_secrets, progress=progress)
+        shown = None if file is sys.stdout and sys.stdout.isatty() else progress
+        db.export(file, include_secrets=options.include_secrets, progress=shown)
     return 0
 
 
@@ -4451,10 +4525,9 @@ def _prune(db: OperatorDb, options: Any) -> int:
     with _progress("prune") as progress:
         report = db.prune(*days, dry_run=options.dry_run, progress=progress)
     verb = "would remove" if report.dry_run else "removed"
-    sizes = f"{_size_text(report.bytes_before)} before, {_size_text(report.bytes_after)} now"
-    told = (
-        f"{verb} tasks: {report.tasks:,}, sessions: {report.sessions:,}, proofs: {report.proofs:,}; {sizes}"
-    )
+    told = f"{verb} tasks: {report.tasks:,}, sessions: {report.sessions:,}, proofs: {report.proofs:,}"
+    if not report.dry_run:
+        told += f"; {_size_text(report.bytes_before)} before, {_size_text(report.bytes_after)} now"
     return _print_facts(options, vars(report), told)
 
 
@@ -4469,7 +4542,7 @@ def _check(db: OperatorDb, options: Any) -> int:
     """
     with _progress("check") as progress:
         problems = db.check(progress=progress)
-    told = [*map(_shown, problems), f"{_shown(db.path)}: {len(problems) or 'no'} problems found"]
+    told = [*map(_shown, problems), f"{_shown(db.path)}: problems found: {len(problems)}"]
     _print_facts(options, {"path": db.path, "problems": problems}, "\n".join(told))
     return 1 if problems else 0
 
@@ -4501,8 +4574,8 @@ def _restore(db: OperatorDb, options: Any) -> int:
     with _progress("restore") as progress:
         db.restore(options.src, progress=progress)
     records = db.stats().records
-    told = ", ".join(f"{count:,} {name}" for name, count in records.items())
-    return _print_facts(options, {"path": db.path, "records": records}, f"{_shown(db.path)} now holds {told}")
+    told = "restored " + ", ".join(f"{name}: {count:,}" for name, count in records.items())
+    return _print_facts(options, {"path": _database_path(options.db_path), "records": records}, told)
 
 
 @_command("write")
@@ -4538,12 +4611,13 @@ def _verify(_: None, options: Any) -> int:
 
     verify bundle.json --evidence-hash 33b3287ebcf5c40d42c31f90c9b10edac79a0dd65592e7c16631e62a67566446
     """
+    text = b"".join(_lines(sys.stdin if options.file == "-" else options.file))
     with _naming(options.file):
-        bundle = _json_object(b"".join(_lines(sys.stdin if options.file == "-" else options.file)))
+        bundle = _json_object(text)
     problems = verify_dispute_bundle(bundle, evidence_hash=options.evidence_hash)
     against = "the hash given" if options.evidence_hash else "itself: give the hash on chain to be sure"
     told = "\n".join(map(_shown, problems)) or f"the bundle holds, checked against {against}"
-    _print_facts(options, {"problems": problems}, told)
+    _print_facts(options, {"problems": problems, "evidence_hash": options.evidence_hash}, told)
     return 1 if problems else 0
 
 
@@ -4561,6 +4635,10 @@ def _options(argv: list[str] | None) -> Any:
             raise argparse.ArgumentTypeError(f"{_short(text)} is not {says}")
 
         return convert
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            super().error(_shown(message))
 
     width = max(20, shutil.get_terminal_size().columns - 2)  # as argparse does
 
@@ -4581,9 +4659,23 @@ def _options(argv: list[str] | None) -> Any:
         "--newest-first": {**flag, "help": "the newest first"},
         "--unsubmitted": {**flag, "help": "only those that are not marked as submitted"},
         "--include-secrets": {**flag, "help": "write keypairs and RPC endpoints too"},
-        "--older-than": {"metavar": "DAYS", "type": days, "default": 30, "help": "of tasks (30)"},
-        "--session-days": {"metavar": "DAYS", "type": days, "default": 90, "help": "of sessions (90)"},
-        "--proof-days": {"metavar": "DAYS", "type": days, "help": "of proofs (they are left alone)"},
+        "--older-than": {
+            "metavar": "DAYS",
+            "type": days,
+            "default": 30,
+            "help": "tasks older than that (30)",
+        },
+        "--session-days": {
+            "metavar": "DAYS",
+            "type": days,
+            "default": 90,
+            "help": "sessions idle for longer (90)",
+        },
+        "--proof-days": {
+            "metavar": "DAYS",
+            "type": days,
+            "help": "submitted proofs older than that (keep all)",
+        },
         "--dry-run": {**flag, "help": "count, and change nothing"},
         "--overwrite": {**flag, "help": "replace DEST if it is there"},
         "--evidence-hash": {
@@ -4595,18 +4687,18 @@ def _options(argv: list[str] | None) -> Any:
         "FILE": {"help": "a file, - for standard input"},
     }
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--db-path", metavar="PATH", help="the database file")
     common.add_argument("--json", action="store_true", help="print the same facts for programs")
     helps = {
-        name: [part.strip() for part in (command.run.__doc__ or "").split("\n\n")]
+        name: [part.strip() for part in (command.run.__doc__ or f"{name}\n\n\n\n").split("\n\n")]
         for name, command in _COMMANDS.items()
     }
     listed = "\n".join(
         fill(f"  {name:13}  {says}", width, subsequent_indent=" " * 17)
         for name, (says, _, _) in helps.items()
     )
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="operator_db.py",
         usage="operator_db.py [OPTIONS] [COMMAND ...]",
         description=wrapped(_ABOUT),
@@ -4639,16 +4731,24 @@ def _run(options: Any) -> int:
     if command.opens == "nothing":
         return command.run(None, options)
     path = _database_path(options.db_path)
-    if command.opens == "create":
-        source = options.file if options.command == "import" else options.src
-        with _file_errors(f"cannot read {source}"):
-            if source != "-":
-                os.stat(source)  # before a database is made for it
-    elif not os.path.lexists(path):
+    if _is_there(path):
+        looks = command.opens == "read" or getattr(options, "dry_run", False)
+        if not looks and not os.access(
+            path, os.W_OK
+        ):  # SQLite would leave files of ours beside another's database
+            raise StorageError(f"{path} may not be written by you")
+        with OperatorDb(path, read_only=looks) as db:
+            return command.run(db, options)
+    if command.opens != "create":
         raise StorageError(f"{path}: there is no database; the operator makes it, or import, or restore")
-    looks = command.opens == "read" or getattr(options, "dry_run", False)
-    with OperatorDb(path, read_only=looks) as db:
-        return command.run(db, options)
+    with _file_errors(f"cannot create {path}"):
+        _make_private_directory(os.path.dirname(path))
+        with _new_file(path) as temporary:  # what fails leaves no database behind
+            with OperatorDb(temporary) as db:
+                status = command.run(db, options)
+            _appear(temporary, path)
+        _sync_directory(path)
+    return status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -4678,4 +4778,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    import signal
+
+    def _stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)  # and so remove what is half done
+
+    for _name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, _name), _stop)
     raise SystemExit(main())
