@@ -24,9 +24,11 @@ import re
 import resource
 import select
 import shlex
+import shutil
 import signal
 import sqlite3
 import stat
+import statistics
 import struct
 import subprocess
 import sys
@@ -40,7 +42,8 @@ import unicodedata
 import unittest
 import zlib
 from array import array
-from collections import Counter
+from base64 import b64decode, b64encode
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
@@ -5747,11 +5750,341 @@ def soak(argv: list[str]) -> int:
     return 1 if failures else 0
 
 
+# ---- bench: every operation beside the same by hand, and as the database grows
+
+
+class ByHand:
+    """What a careful person would write: sqlite3, json, base64 and dicts; no checks, no threads, nobody else's file."""
+
+    PUT = (
+        "INSERT INTO {} VALUES(?,?,?,?) ON CONFLICT(key) DO UPDATE"
+        " SET value=excluded.value, status=excluded.status, at=excluded.at"
+    )
+
+    def __init__(self, path: str, durable: bool = False) -> None:
+        new = not os.path.exists(path)
+        self.db = sqlite3.connect(path, isolation_level=None)
+        self.run, self.close = self.db.execute, self.db.close
+        settings = ["auto_vacuum=INCREMENTAL", "journal_mode=WAL"] if new else []
+        settings += ["synchronous=FULL" if durable else "synchronous=NORMAL", "fullfsync=ON"]
+        settings += [
+            "checkpoint_fullfsync=ON",
+            "secure_delete=ON",
+            "cell_size_check=ON",
+            "trusted_schema=OFF",
+        ]
+        for setting in (*settings, f"journal_size_limit={16 * 2**20}"):
+            self.run(f"PRAGMA {setting}")
+        for table in ("tasks", "sessions", "session_log") if new else ():
+            columns = "key TEXT PRIMARY KEY NOT NULL, value TEXT NOT NULL, status TEXT, at INTEGER"
+            self.run(f"CREATE TABLE {table}({columns})")
+            self.run(f"CREATE INDEX {table}_status_at ON {table}(status, at)")
+
+    def store_task(self, task: dict[str, Any]) -> None:
+        value = json.dumps({**task, "payload": b64encode(task["payload"]).decode()})
+        at = task["claimed_at"] if task["completed_at"] is None else task["completed_at"]
+        self.run(self.PUT.format("tasks"), ("tasks:" + task["task_id"], value, task["status"], at))
+
+    def load(self, batch: list[dict[str, Any]]) -> None:
+        self.run("BEGIN IMMEDIATE")
+        for fields in batch:
+            self.store_task(by_hand(fields))
+        self.run("COMMIT")
+
+    @staticmethod
+    def task(value: str) -> dict[str, Any]:
+        task: dict[str, Any] = json.loads(value)
+        task["payload"] = b64decode(task["payload"])
+        return task
+
+    def get_task(self, name: str) -> dict[str, Any] | None:
+        row = self.run("SELECT value FROM tasks WHERE key=?", ("tasks:" + name,)).fetchone()
+        return self.task(row[0]) if row else None
+
+    def list_tasks_by_status(self, status: str) -> list[dict[str, Any]]:
+        rows = self.run("SELECT value FROM tasks WHERE status=? ORDER BY at", (status,))
+        return [self.task(value) for (value,) in rows]
+
+    def latest_tasks(self, count: int) -> list[dict[str, Any]]:
+        each = "SELECT * FROM (SELECT value, at FROM tasks WHERE status='{}' ORDER BY at DESC LIMIT {})"
+        union = " UNION ALL ".join(each.format(status.value, count) for status in TaskStatus)
+        rows = self.run(f"SELECT value FROM ({union}) ORDER BY at DESC LIMIT {count}")
+        return [self.task(value) for (value,) in rows]
+
+    def iter_tasks(self) -> Iterator[dict[str, Any]]:
+        return (self.task(value) for (value,) in self.run("SELECT value FROM tasks ORDER BY key"))
+
+    def update_task_status(self, name: str, status: str) -> None:
+        self.run("BEGIN IMMEDIATE")
+        task = self.get_task(name)
+        assert task is not None
+        task["history"].append({"status": status, "at": int(time.time()), "signature": None})
+        self.store_task({**task, "status": status})
+        self.run("COMMIT")
+
+    def append_transcript(self, name: str, role: str, content: str) -> None:
+        now = int(time.time())
+        self.run("BEGIN IMMEDIATE")
+        row = self.run("SELECT value FROM sessions WHERE key=?", ("sessions:" + name,)).fetchone()
+        session = json.loads(row[0]) if row else {"id": name, "tasks": [], "created_at": now, "entries": 0}
+        seq = session["entries"]
+        entry = {"log": name, "seq": seq, "content": content, "role": role, "timestamp": now}
+        self.run(self.PUT.format("session_log"), (f"session_log:{name}:{seq}", json.dumps(entry), name, seq))
+        session |= {"entries": seq + 1, "last_active": now}
+        self.run(self.PUT.format("sessions"), ("sessions:" + name, json.dumps(session), None, now))
+        self.run("COMMIT")
+
+
+START = int(time.time()) - 3 * 365 * DAY
+LOAD = 2_500  # tasks in one transaction
+
+
+def fields_of(n: int, prefix: str = "") -> dict[str, Any]:
+    """The fields of a typical task: half of them are completed, a hundred of the first 10,000 disputed."""
+    name = hashlib.sha256(b"%d" % n).hexdigest()
+    status = TaskStatus.COMPLETED if n // 1_000 % 2 else TaskStatus.CLAIMED
+    return {
+        "task_id": prefix + name[:44],
+        "payload": json.dumps({"url": f"https://example.org/{n}", "body": name * 3}).encode(),
+        "status": TaskStatus.DISPUTED if n % 100 == 7 and n < 10_000 else status,
+        "claimed_at": START + n,
+        "description": f"Summarise document {n}",
+        "reward_lamports": 5_000_000 + n,
+        "creator": DEVNET_CREATOR,
+    }
+
+
+def by_hand(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same task as a dict, with the fields that TaskRecord fills in."""
+    status = fields["status"].value
+    history = [{"status": status, "at": fields["claimed_at"], "signature": None}]
+    absent = {"completed_at": None, "on_chain_signature": None, "reward_skr_tokens": None}
+    return {**fields, **absent, "status": status, "history": history}
+
+
+class Bench:
+    """Measures by hand and ours in turn, round after round, so that what else the machine does hurts both alike."""
+
+    def __init__(self, folder: str, rows: int) -> None:
+        self.folder, self.began = folder, time.monotonic()
+        self.sizes = [size for size in (10_000, 100_000, 1_000_000) if size < rows] + [rows]
+        self.measures: list[dict[str, Any]] = []
+        self.figures: dict[str, Any] = {}
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def tell(self, what: str) -> None:
+        if sys.stderr.isatty():
+            seconds = time.monotonic() - self.began
+            print(f"\r\033[K{seconds:4.0f} s  {what}", end="", file=sys.stderr, flush=True)
+
+    def compare(
+        self,
+        operation: str,
+        hand: Callable[[int], object],
+        ours: Callable[[int], object],
+        *,
+        at_most: float | None = None,
+        tasks: int = 0,
+        rounds: int = 15,
+        calls: int = 100,
+        each: int = 1,
+        prepare: Callable[[int], object] = lambda turn: None,
+    ) -> None:
+        """Call both with a growing number; note the median microseconds, and the median of the rounds' ratios."""
+        times: tuple[list[float], list[float]] = ([], [])
+        for turn in range(rounds):
+            self.tell(f"{operation}, {tasks:,} tasks, round {turn + 1} of {rounds}")
+            prepare(turn)
+            for side in (0, 1) if turn % 2 else (1, 0):
+                action, began = (hand, ours)[side], time.perf_counter()
+                for number in range(turn * calls, (turn + 1) * calls):
+                    action(number)
+                times[side].append((time.perf_counter() - began) / calls / each * 1e6)
+        figures = dict(zip(("by_hand_us", "ours_us"), map(statistics.median, times), strict=True))
+        ratio = statistics.median(ours / hand for hand, ours in zip(*times, strict=True))
+        self.measures.append(
+            {"operation": operation, "tasks": tasks, **figures, "ratio": ratio, "at_most": at_most}
+        )
+
+    def grow(self, before: int, size: int) -> None:
+        """Load both databases up to a number of tasks, and measure what should not become slower with it."""
+        paths, batch, rng = (self.path("hand.db"), self.path("ours.db")), list[Any](), random.Random(size)
+        compare = partial(self.compare, tasks=size)
+        names = [fields_of(rng.randrange(size))["task_id"] for _ in range(1_500)]
+        hand, db = ByHand(paths[0]), OperatorDb(paths[1], durable=False)
+
+        def prepare(turn: int) -> None:
+            first = before + turn * LOAD
+            batch[:] = map(fields_of, range(first, min(first + LOAD, size)))
+
+        def load(_: int) -> None:
+            with db.transaction():
+                for fields in batch:
+                    db.store_task(TaskRecord(**fields))
+
+        def opened(kind: Any, path: str, n: int) -> None:
+            with closing(kind(path)) as one:
+                one.get_task(names[n])
+
+        rounds, each = -(-(size - before) // LOAD), min(LOAD, size - before)
+        loads = [lambda _: hand.load(batch), load]
+        compare("bulk load, each task", *loads, at_most=2, calls=1, rounds=rounds, each=each, prepare=prepare)
+        gets = [lambda n, by=by: by.get_task(names[n]) for by in (hand, db)]
+        compare("get_task", *gets, at_most=1.3)
+        lists = [lambda _, by=by: by.list_tasks_by_status("disputed") for by in (hand, db)]
+        compare("list_tasks_by_status, 100 tasks", *lists, at_most=1.5, calls=10)
+        latest = [lambda _: hand.latest_tasks(10), lambda _: db.list_tasks(limit=10, newest_first=True)]
+        compare("list_tasks, latest 10", *latest, calls=20)
+        new = [fields_of(n, f"new {size} ") for n in range(1_500)]
+        stores = [
+            lambda n: hand.store_task(by_hand(new[n])),
+            lambda n: db.store_task(TaskRecord(**new[n])),
+        ]
+        compare("store_task", *stores)
+        moves = [
+            lambda n, by=by: by.update_task_status(new[n]["task_id"], "in_progress") for by in (hand, db)
+        ]
+        compare("update_task_status", *moves)
+        for entries in (10, 10_000):
+            append = [
+                lambda _, by=by: by.append_transcript(f"{entries} {size}", "user", "some words")  # noqa: B023
+                for by in (hand, db)
+            ]
+            for _ in range(entries):
+                append[0](0)
+                append[1](0)
+            compare(f"append_transcript, entry {entries:,}", *append, calls=5)
+        walks = [lambda _, by=by: deque(by.iter_tasks(), 0) for by in (hand, db)]
+        compare("iter_tasks, each task", *walks, calls=1, rounds=3, each=size)
+        hand.close()
+        db.close()
+        opens = [partial(opened, *each) for each in zip((ByHand, OperatorDb), paths, strict=True)]
+        compare("open, get_task, close", *opens, calls=5)
+
+    def durable(self) -> None:
+        """Compare a store that has reached the disk when it returns: one by hand, one of ours, and so on."""
+        hand, db = ByHand(self.path("durable-hand.db"), durable=True), OperatorDb(self.path("durable.db"))
+        new = [fields_of(n) for n in range(500)]
+        stores = [
+            lambda n: hand.store_task(by_hand(new[n])),
+            lambda n: db.store_task(TaskRecord(**new[n])),
+        ]
+        with closing(hand), db:
+            self.compare("store_task, durable", *stores, at_most=1.15, calls=1, rounds=500)
+
+    def processes(self) -> None:
+        """Compare a process that imports the module with one that imports what it stands on."""
+        programs = [
+            [sys.executable, "-c", f"import {names}"]
+            for names in ("sqlite3, json, dataclasses", "operator_db")
+        ]
+        imports = [lambda _, each=each: subprocess.run(each, cwd=HERE, check=True) for each in programs]
+        self.compare("import in a new process", *imports, at_most=1.3, calls=1, rounds=21)
+
+    def threads(self) -> None:
+        """Note how many tasks a second are stored by one thread, and by sixteen through one handle."""
+        for count in (1, 16):
+            self.tell(f"{count} threads store tasks")
+            with OperatorDb(self.path(f"{count} threads.db"), durable=False) as db:
+
+                def store(thread: int, count: int = count, db: OperatorDb = db) -> None:
+                    for n in range(3_200 // count):
+                        db.store_task(TaskRecord(task_id=f"{thread} {n}"))
+
+                began = time.perf_counter()
+                in_threads(*(partial(store, thread) for thread in range(count)))
+                speed = 3_200 / (time.perf_counter() - began)
+                self.figures[f"store_task, calls a second with {count} threads"] = round(speed)
+
+    def memory(self, size: int) -> None:
+        """Note the peak memory of new processes (VmHWM, so on Linux alone), each of which meets every task."""
+        program = (
+            "import sys; from collections import deque; from operator_db import OperatorDb\n"
+            "with OperatorDb(sys.argv[1], durable=False) as db: {}\n"
+            "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        )
+        shutil.copy(self.path("ours.db"), self.path("pruned.db"))
+        for action, name in (
+            ("pass", "ours.db"),
+            ("deque(db.iter_tasks(), 0)", "ours.db"),
+            ("db.export(sys.argv[2])", "ours.db"),
+            ("db.import_(sys.argv[2])", f"imported {size}.db"),
+            ("db.prune()", "pruned.db"),
+        ):
+            if sys.platform == "linux" and ("port" not in action or hasattr(OperatorDb, "export")):
+                self.tell(f"memory of {action}, {size:,} tasks")
+                command = [sys.executable, "-c", program.format(action), self.path(name), self.path("export")]
+                peak = subprocess.run(command, cwd=HERE, check=True, capture_output=True).stdout
+                self.figures[f"peak memory in MB of {action}, {size:,} tasks"] = round(int(peak) / 1024, 1)
+
+    def prune(self) -> None:
+        """Prune half of the tasks while another thread writes, and note the longest that it waited."""
+        db, done, waits = OperatorDb(self.path("ours.db"), durable=False), threading.Event(), [0.0]
+
+        def write() -> None:
+            while not done.is_set():
+                began = time.perf_counter()
+                db.store_task(TaskRecord(task_id=f"meanwhile {len(waits)}"))
+                waits.append(time.perf_counter() - began)
+
+        def prune() -> None:
+            self.tell("prune while another thread writes")
+            began = time.perf_counter()
+            report = db.prune()
+            self.figures["prune, tasks"] = report.tasks
+            self.figures["prune, microseconds a task"] = round(
+                (time.perf_counter() - began) / report.tasks * 1e6, 1
+            )
+            done.set()
+
+        with db:
+            in_threads(write, prune)
+        self.figures["prune, writes of another thread meanwhile"] = len(waits) - 1
+        self.figures["prune, longest of these writes in ms"] = round(max(waits) * 1e3, 1)
+
+    def run(self) -> None:
+        self.processes()
+        self.durable()
+        self.threads()
+        for before, size in itertools.pairwise((0, *self.sizes)):
+            self.grow(before, size)
+            self.memory(size)
+        self.prune()
+        self.tell("")
+        first = [each["operation"] for each in self.measures].index
+        self.measures.sort(key=lambda each: first(each["operation"]))
+
+
+def bench(argv: list[str]) -> int:
+    """Measure each operation beside the same by hand, and as the database grows; print a table, or JSON."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="bench", description=bench.__doc__)
+    parser.add_argument("--rows", type=int, default=100_000, help="tasks at most (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="operator-bench-") as folder:
+        run = Bench(folder, options.rows)
+        run.run()
+    if options.json:
+        print(json.dumps({"measures": run.measures, "figures": run.figures}, indent=1))
+        return 0
+    print(f"{'median microseconds':32}{'tasks':>10}{'by hand':>12}{'ours':>12}{'ratio':>8}{'at most':>9}")
+    line = "{operation:32}{tasks:10,}{by_hand_us:12,.1f}{ours_us:12,.1f}{ratio:8.2f}{most:>9}"
+    for each in run.measures:
+        print(line.format(**each, most=each["at_most"] or ""))
+    for name, figure in run.figures.items():
+        print(f"{name:62}{figure:12,}")
+    return 0
+
+
 def main(argv: list[str]) -> int:
-    """Run the tests, or what is named: `soak [--minutes N] [--seed S]`."""
+    """Run the tests, or what is named: `soak [--minutes N] [--seed S]`, `bench [--rows N] [--json]`."""
     logging.getLogger("operator_db").addHandler(logging.NullHandler())
-    if argv[:1] == ["soak"]:
-        return soak(argv[1:])
+    if argv[:1] in (["soak"], ["bench"]):
+        return (soak if argv[0] == "soak" else bench)(argv[1:])
     suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
     result = unittest.TextTestRunner(verbosity=1 if not argv else 2, warnings="error").run(suite)
     failed = len({str(test) for test, _ in result.failures + result.errors}) + len(result.unexpectedSuccesses)
