@@ -478,7 +478,7 @@ class _Shape(NamedTuple):
     """How one type hint is checked and carried; a converter that is None means that JSON has the type itself."""
 
     says: str
-    holds: Callable[[Any], bool]
+    holds: Callable[[Any], bool]  # whether a value holds that is of none of the sure types
     encode: Callable[[Any], Any] | None = None
     decode: Callable[[Any], Any] | None = None
     sure: frozenset[type] = frozenset()  # types all of whose values hold
@@ -489,7 +489,7 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-_decode_json = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+_scan_json = json.JSONDecoder(parse_constant=_refuse_constant).scan_once  # type: ignore[attr-defined]
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -573,15 +573,19 @@ def _shape(hint: Any) -> _Shape:
     raise TypeError(f"{hint} has no JSON form here")
 
 
+def _held(shape: _Shape) -> Callable[[Any], bool]:
+    """Return what says of any value whether it holds."""
+    sure, holds = shape.sure, shape.holds
+    return (lambda v: type(v) in sure or holds(v)) if sure else holds
+
+
 def _optional(inner: _Shape) -> _Shape:
-    encode, decode, holds = inner.encode, inner.decode, inner.holds
-    return _Shape(
-        f"{inner.says}, or None",
-        lambda v: v is None or holds(v),
-        encode and (lambda v: None if v is None else encode(v)),
-        decode and (lambda v: None if v is None else decode(v)),
-        inner.sure | {type(None)},
-        inner.secret,
+    encode, decode = inner.encode, inner.decode
+    return inner._replace(
+        says=f"{inner.says}, or None",
+        encode=encode and (lambda v: None if v is None else encode(v)),
+        decode=decode and (lambda v: None if v is None else decode(v)),
+        sure=inner.sure | {type(None)},
     )
 
 
@@ -592,18 +596,18 @@ def _json_list(value: Any) -> list[Any]:
 
 
 def _list_of(inner: _Shape) -> _Shape:
-    encode, decode, holds = inner.encode, inner.decode, inner.holds
+    encode, decode, sure, holds = inner.encode, inner.decode, inner.sure, _held(inner)
     return _Shape(
         f"a list, each {inner.says}",
-        lambda v: type(v) is list and all(map(holds, v)),
-        encode and (lambda v: [encode(each) for each in v]),
-        decode and (lambda v: [decode(each) for each in _json_list(v)]),
+        lambda v: type(v) is list and (sure.issuperset(map(type, v)) or all(map(holds, v))),
+        encode and (lambda v: [*map(encode, v)]),
+        decode and (lambda v: [*map(decode, _json_list(v))]),
         secret=inner.secret,
     )
 
 
 def _dict_of(inner: _Shape) -> _Shape:
-    encode, decode, holds = inner.encode, inner.decode, inner.holds
+    encode, decode, holds = inner.encode, inner.decode, _held(inner)
     return _Shape(
         f"a dict of str to {inner.says}",
         lambda v: type(v) is dict and all(_is_text(k) and holds(each) for k, each in v.items()),
@@ -666,9 +670,8 @@ class _Codec(Generic[R]):
             values = self._values(record)[:-2]
         except AttributeError as error:
             raise InvalidRecordError(f"{self.name}: {error}") from None
-        self._check_values(
-            values if tuple(map(type, values)) in self._unsure else self._with_members(record, values)
-        )
+        if not self._hold(values):
+            self._check_each(self._with_members(record, values))
 
     def _with_members(self, record: R, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the values with an enum's value replaced, in the record too, by the member that it stands for."""
@@ -679,30 +682,35 @@ class _Codec(Generic[R]):
                     object.__setattr__(record, name, enum(value))
         return self._values(record)[:-2]
 
-    def _check_values(self, values: tuple[Any, ...]) -> None:
-        types = tuple(map(type, values))
-        unsure = self._unsure.get(types)
-        if unsure is None:
-            unsure = [(place, shape.holds) for place, shape in enumerate(self.shapes.values())]
-        for place, holds in unsure:
-            if not self._holds_quietly(place, holds, values[place]):
-                name, shape = list(self.shapes.items())[place]
-                shown = _REDACTED if name in self.secrets else _short(values[place])
-                raise InvalidRecordError(
-                    f"{self.name}.{name} must be {shape.says}; got {types[place].__name__} {shown}"
-                )
-        if types not in self._unsure:
-            sure = [shape.sure for shape in self.shapes.values()]
-            self._unsure[types] = [check for check in unsure if types[check[0]] not in sure[check[0]]]
-
-    def _holds_quietly(self, place: int, holds: Callable[[Any], bool], value: Any) -> bool:
-        """Whether the value holds; for a secret field, without the message of a record within it."""
+    def _hold(self, values: tuple[Any, ...]) -> bool:
+        """Whether the values hold, of types that have been met together; False for those that have not."""
         try:
-            return holds(value)
-        except InvalidRecordError:
-            if self._names[place] in self.secrets:
-                return False
-            raise
+            for place, holds in self._unsure[tuple(map(type, values))]:
+                if not holds(values[place]):
+                    return False
+        except (KeyError, InvalidRecordError):  # the latter of a record within
+            return False
+        return True
+
+    def _check_each(self, values: tuple[Any, ...]) -> None:
+        """Check every value, say which does not hold, and remember what types alone decide."""
+        for (name, shape), value in zip(self.shapes.items(), values, strict=True):
+            try:
+                held = type(value) in shape.sure or shape.holds(value)
+            except InvalidRecordError:  # of a record within
+                if name not in self.secrets:
+                    raise
+                held = False
+            if not held:
+                shown = _REDACTED if name in self.secrets else _short(value)
+                raise InvalidRecordError(
+                    f"{self.name}.{name} must be {shape.says}; got {type(value).__name__} {shown}"
+                )
+        self._unsure[tuple(map(type, values))] = [
+            (place, shape.holds)
+            for place, shape in enumerate(self.shapes.values())
+            if type(values[place]) not in shape.sure
+        ]
 
     def holds(self, record: Any) -> bool:
         """Whether the value is a record of this type; raise InvalidRecordError for one that does not hold."""
@@ -727,15 +735,18 @@ class _Codec(Generic[R]):
         for name in () if whole else self._required:
             if name not in document:
                 raise ValueError(f"{self.name}.{name} is missing")
-        for name, decode in self._decoders:
-            if whole or name in document:
-                try:
+        name = ""
+        try:
+            for name, decode in self._decoders:
+                if whole or name in document:
                     document[name] = decode(document[name])
-                except (ValueError, TypeError, KeyError, AttributeError):
-                    raise ValueError(f"{self.name}.{name} is not {self.shapes[name].says}") from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{self.name}.{name} is not {self.shapes[name].says}") from None
         if not (whole and self._plainly_made):
             return self._constructed(document)
-        self._check_values(tuple(document.values()))
+        values = tuple(document.values())
+        if not self._hold(values):
+            self._check_each(values)
         record = object.__new__(self.record_type)
         vars(record).update(document)
         return record
@@ -789,10 +800,10 @@ class _Codec(Generic[R]):
         """Return the record that a stored document holds; raise ValueError or TypeError when it holds none."""
         try:
             whole = text.decode()
-            document, end = _decode_json(whole)
+            document, end = _scan_json(whole, 0)
             if end != len(whole):
                 raise ValueError("not one JSON document")
-        except (ValueError, RecursionError, AttributeError, IndexError):
+        except (ValueError, StopIteration, RecursionError, AttributeError):
             raise ValueError("not a JSON document") from None  # the parser's own error holds the whole text
         return self.from_json(document)
 
@@ -872,41 +883,53 @@ class _Connection(sqlite3.Connection):
         deadline: float | None = None,
     ) -> list[tuple[Any, ...]]:
         """Execute one statement and return its rows, or its first ones until their values exceed `most_bytes`."""
-        return self.attempt(lambda: self._rows(sql, parameters, most_bytes), deadline)
+        while True:
+            try:
+                cursor = self.execute(sql, parameters)
+                return cursor.fetchall() if most_bytes is None else _first_rows(cursor, most_bytes)
+            except _SQLITE_ERRORS as error:
+                deadline = self._wait_or_raise(error, deadline)
 
     def change(self, sql: str, parameters: tuple[Any, ...] = ()) -> int:
         """Execute one statement and return the number of rows that it changed."""
-        return self.attempt(lambda: self.execute(sql, parameters).rowcount)
+        return self.attempt(self.execute, sql, parameters).rowcount
 
-    def _rows(self, sql: str, parameters: tuple[Any, ...], most_bytes: int | None) -> list[tuple[Any, ...]]:
-        cursor = self.execute(sql, parameters)
-        if most_bytes is None:
-            return cursor.fetchall()
-        rows = []
-        for row in cursor:
-            rows.append(row)
-            most_bytes -= sum(len(column) for column in row if isinstance(column, bytes))
-            if most_bytes < 0:
-                break
-        cursor.close()  # an unfinished cursor pins the write-ahead log, which then grows without bound
-        return rows
-
-    def attempt(self, action: Callable[[], R], deadline: float | None = None) -> R:
+    def attempt(self, action: Callable[..., R], *arguments: Any) -> R:
         """Do something with the connection, waiting for locks and raising this module's errors."""
+        deadline = None
         while True:
             try:
-                return action()
-            except (sqlite3.Error, OverflowError, UnicodeError) as error:
-                code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-                if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
-                    self.last_error = _typed(error, self.path)
-                    raise self.last_error from None
-                deadline = deadline or time.monotonic() + self.timeout
-                if time.monotonic() >= deadline:
-                    raise BusyError(
-                        f"{self.path} was locked by another process for {self.timeout:g} s; try again"
-                    ) from None
-            time.sleep(0.001)
+                return action(*arguments)
+            except _SQLITE_ERRORS as error:
+                deadline = self._wait_or_raise(error, deadline)
+
+    def _wait_or_raise(self, error: Exception, deadline: float | None) -> float:
+        """Sleep a moment and return the deadline when another holds a lock; else raise this module's error."""
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
+            self.last_error = _typed(error, self.path)
+            raise self.last_error from None
+        deadline = deadline or time.monotonic() + self.timeout
+        if time.monotonic() >= deadline:
+            raise BusyError(
+                f"{self.path} was locked by another process for {self.timeout:g} s; try again"
+            ) from None
+        time.sleep(0.001)
+        return deadline
+
+
+_SQLITE_ERRORS = (sqlite3.Error, OverflowError, UnicodeError)
+
+
+def _first_rows(cursor: sqlite3.Cursor, most_bytes: int) -> list[tuple[Any, ...]]:
+    rows = []
+    for row in cursor:
+        rows.append(row)
+        most_bytes -= sum(len(column) for column in row if isinstance(column, bytes))
+        if most_bytes < 0:
+            break
+    cursor.close()  # an unfinished cursor pins the write-ahead log, which then grows without bound
+    return rows
 
 
 def _typed(error: Exception, path: str) -> OperatorDbError:
@@ -1309,17 +1332,16 @@ class _Lease:
     KeyboardInterrupt cannot split: a lease whose holder was interrupted anywhere ends by itself, and no lock is lost.
     """
 
-    __slots__ = ("alive", "blocks", "connection", "deadline", "thread", "token", "working", "writes")
+    working = False  # its turn has come: it may be using a connection
+    connection: _Connection | None = None
+    token: Token[_Lease | None] | None = None  # of the context that opened the block
+    blocks = 0  # savepoints so far
 
     def __init__(self, timeout: float, *, writes: bool) -> None:
         self.alive = threading.Lock()
         self.thread = threading.get_ident()
         self.deadline = time.monotonic() + timeout
         self.writes = writes
-        self.working = False  # its turn has come: it may be using a connection
-        self.connection: _Connection | None = None
-        self.token: Token[_Lease | None] | None = None  # of the context that opened the block
-        self.blocks = 0  # savepoints so far
 
 
 class _Leave:
@@ -1408,6 +1430,9 @@ class _Store:
         self._mutex = threading.RLock()  # reentrant for the sake of signal handlers
         self._queue: deque[_Lease] = deque()
         self._readers: list[_Connection] = []
+        self._local = (
+            threading.local()
+        )  # of each thread, the lease by which it reads and finds its reader again
         self._writer: _Connection | None = None
         self._wal: tuple[int, int] | None = None
         self._closing: _Lease | None = None  # while it is alive, work in flight ends and none begins
@@ -1553,38 +1578,40 @@ class _Store:
             time.sleep(0.0001 * max(1, place))
 
     def _check_out(self, lease: _Lease) -> _Connection:
-        """Give a reader connection of its own to a lease."""
-        works = False
+        """Give a reader connection of its own to a lease, which may be one that was used before."""
+        lease.working, works = False, False
+        lease.deadline = time.monotonic() + self.timeout
         while True:
             with self._mutex:
                 self._refuse_if_closed()
                 if works or not self._is_paused():
                     lease.working = True
-                    lease.connection = self._free_reader(lease)
-                    break
+                    return self._free_reader(lease)
             works = _is_at_work()  # such a thread goes on, or it and what waits for it never would
             if time.monotonic() >= lease.deadline:
                 raise BusyError(f"{self.path}: a fork or close() took {self.timeout:g} s; try again")
             time.sleep(0.0005)
-        if lease.connection.in_transaction:  # an interrupted snapshot's
-            lease.connection.rollback()
-        return lease.connection
 
     def _free_reader(self, lease: _Lease) -> _Connection:
         """Return a reader that nobody uses, or a new one; the mutex is held, so that a fork or close() misses none."""
-        for connection in self._readers:
-            if not connection.holder.alive.locked():
-                break
-        else:
-            connection = self._connect(_read_mode(self.path) if self.read_only else "look")
-            self._refuse_if_closed()  # by a signal handler, meanwhile
-            connection.holder = lease
-            self._readers.append(connection)
+        connection = lease.connection
+        if connection is None or connection.holder is not lease:  # nobody else has used it meanwhile
+            for connection in self._readers:
+                if not connection.holder.alive.locked():
+                    if connection.in_transaction:  # an interrupted snapshot's
+                        connection.rollback()
+                    break
+            else:
+                connection = self._connect(_read_mode(self.path) if self.read_only else "look")
+                self._refuse_if_closed()  # by a signal handler, meanwhile
+                connection.holder = lease
+                self._readers.append(connection)
         if connection.state is not None and connection.state != _state(self.path):
             self._readers.remove(connection)  # what was taken for immutable has been written to
             connection.close()
+            lease.connection = None
             return self._free_reader(lease)
-        connection.holder = lease
+        lease.connection, connection.holder = connection, lease
         return connection
 
     # ---- reading and writing
@@ -1596,7 +1623,9 @@ class _Store:
         lease = self._mine()
         if lease is not None:
             return self._usable(lease).query(sql, parameters, most_bytes=most_bytes)
-        lease = _Lease(self.timeout, writes=False)
+        lease = getattr(self._local, "lease", None)
+        if lease is None or lease.alive.locked():  # the latter in a signal handler that interrupts a read
+            lease = self._local.lease = _Lease(self.timeout, writes=False)
         with lease.alive:
             return self._check_out(lease).query(sql, parameters, most_bytes=most_bytes)
 
@@ -1855,6 +1884,8 @@ class _Store:
 
     def _close_connections(self) -> None:
         connections = self._connections()
+        for connection in self._readers:
+            connection.holder.connection = None
         self._readers, self._writer, self._wal = [], None, None
         for connection in connections:  # the writer last, so that the WAL is checkpointed and removed
             connection.close()
