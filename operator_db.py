@@ -662,8 +662,8 @@ class _Codec(Generic[R]):
             record_type.__repr__ = _redacted_repr  # type: ignore[method-assign]
         _CODECS[record_type] = self
 
-    def check(self, record: R) -> None:
-        """Raise InvalidRecordError for the first field that does not hold, without its value when it is secret."""
+    def check(self, record: R) -> tuple[Any, ...]:
+        """Return the fields' values; raise InvalidRecordError for the first that does not hold, never showing a secret."""
         if type(record) is not self.record_type:
             raise InvalidRecordError(f"expected a {self.name}, got {type(record).__name__}")
         try:
@@ -671,7 +671,9 @@ class _Codec(Generic[R]):
         except AttributeError as error:
             raise InvalidRecordError(f"{self.name}: {error}") from None
         if not self._hold(values):
-            self._check_each(self._with_members(record, values))
+            values = self._with_members(record, values)
+            self._check_each(values)
+        return values
 
     def _with_members(self, record: R, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the values with an enum's value replaced, in the record too, by the member that it stands for."""
@@ -722,7 +724,10 @@ class _Codec(Generic[R]):
 
     def to_json(self, record: R) -> dict[str, Any]:
         """Return the record as a JSON object; it must have been checked."""
-        document = dict(zip(self.shapes, self._values(record), strict=False))
+        return self._document(self._values(record)[:-2])
+
+    def _document(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        document = dict(zip(self._names, values, strict=True))
         for name, encode in self._encoders:
             document[name] = encode(document[name])
         return document
@@ -787,9 +792,9 @@ class _Codec(Generic[R]):
 
     def encode(self, record: R) -> str:
         """Check the record and return it as one JSON document."""
-        self.check(record)
+        values = self.check(record)
         try:
-            text = _encode_json(self.to_json(record))
+            text = _encode_json(self._document(values))
             if not self._ours and _encode_json(self.to_json(self.decode(text.encode()))) != text:
                 raise ValueError("its constructor changes it")
         except (ValueError, TypeError, RecursionError):  # an int of over 4,300 digits, for one
@@ -1489,18 +1494,21 @@ class _Store:
         connection.state = state
         return connection
 
-    def _check_file(self, lost: str = "") -> None:
-        """Raise StorageError unless the path and its WAL are the files that were opened."""
+    def _check_file(self, lost: str = "") -> int:
+        """Return the size of the WAL; raise StorageError unless it and the path are the files that were opened."""
+        size = 0
         try:
-            same = _identity(self.path) == self._opened and (
-                self._wal is None or _identity(self.path + "-wal") == self._wal
-            )
+            same = _identity(self.path) == self._opened
+            if self._wal is not None:
+                status = os.stat(self.path + "-wal")
+                same, size = same and (status.st_dev, status.st_ino) == self._wal, status.st_size
         except OSError:
             same = False
         if not same:
             raise StorageError(
                 f"{self.path} or its WAL was replaced or removed while it was open{lost}: open it again"
             )
+        return size
 
     # ---- whose turn it is
 
@@ -1637,8 +1645,20 @@ class _Store:
         lease = self._mine()
         if lease is not None and lease.writes:
             return self._usable(lease).change(sql, parameters)
-        with self.transaction() as lease:
-            return self._usable(lease).change(sql, parameters)
+        lease = _Lease(self.timeout, writes=True)
+        with lease.alive:
+            self._wait_for_turn(lease)
+            connection, began = self._connect_writer(), time.monotonic()
+            try:
+                self._begin(lease, connection)
+                changed = self._usable(lease).change(sql, parameters)
+                self._usable(lease).query("COMMIT")
+            except BaseException:
+                if lease.connection is not None:
+                    connection.rollback()
+                raise
+            self._committed(connection, began)
+            return changed
 
     @_block
     def snapshot(self) -> Generator[None, None, None]:
@@ -1666,15 +1686,13 @@ class _Store:
             with self._savepoint(lease):
                 yield lease
             return
-        if self.read_only:
-            self._refuse_if_closed()
-            raise StorageError(f"{self.path} was opened read-only")
         lease = _Lease(self.timeout, writes=True)
         with lease.alive:
             self._wait_for_turn(lease)
             connection, began = self._connect_writer(), time.monotonic()
             try:
                 self._begin(lease, connection)
+                lease.token = self._current.set(lease)
                 yield lease
                 self._leave(lease)
                 self._usable(lease).query("COMMIT")
@@ -1683,24 +1701,26 @@ class _Store:
                     connection.rollback()
                 self._leave(lease)
                 raise
-            self._check_file(": the last write is lost")
-            with suppress(OperatorDbError):  # the block is committed, whatever comes of this
-                # steady readers keep SQLite from beginning the WAL anew
-                if _size(self.path + "-wal") > _WAL_LIMIT:
-                    connection.query("PRAGMA wal_checkpoint(TRUNCATE)")
-            if time.monotonic() - began > 0.01:
-                time.sleep(_LET_IN)  # after a long block, so that other processes get at the lock
+            self._committed(connection, began)
 
     def _begin(self, lease: _Lease, connection: _Connection) -> None:
         connection.rollback()  # an interrupted holder's
         lease.connection, connection.last_error = connection, None
         # a deferred transaction that reads first and writes then can fail whatever the timeout
         connection.query("BEGIN IMMEDIATE", deadline=lease.deadline)
-        if _pragma(connection, "user_version") != len(_MIGRATIONS):
+        if connection.query("PRAGMA user_version") != [(len(_MIGRATIONS),)]:
             raise NewerSchemaError(
                 f"{self.path} was migrated by a newer operator_db.py while it was open here: update"
             )
-        lease.token = self._current.set(lease)
+
+    def _committed(self, connection: _Connection, began: float) -> None:
+        """Make sure of what was committed, cut a WAL that has grown too long, and let others in after a long block."""
+        # steady readers keep SQLite from beginning the WAL anew
+        if self._check_file(": the last write is lost") > _WAL_LIMIT:
+            with suppress(OperatorDbError):  # the block is committed, whatever comes of this
+                connection.query("PRAGMA wal_checkpoint(TRUNCATE)")
+        if time.monotonic() - began > 0.01:
+            time.sleep(_LET_IN)
 
     def _leave(self, lease: _Lease) -> None:
         """Make the context that opened a block stand outside of it again."""
@@ -2428,20 +2448,27 @@ class Namespace(Generic[R]):
         """Check a record and return the row that it is stored as."""
         value = self._codec.encode(record)
         try:
-            at = self._at(record) if self._at else None
-            status = self._status(record) if self._status else None
-            key = self._prefix + _check_id(self._key(record))
+            key, status, at = self._columns(record)
         except InvalidRecordError:
             raise
         except Exception as error:  # of an operator's own property
             raise InvalidRecordError(
                 f"{self.name}: {type(error).__name__} from a property of the record"
             ) from None
+        _check_id(key)
         if not _is_age(at):
             raise InvalidRecordError(
                 f"{self.name}: its age must be counted from Unix seconds; got {_short(at)}"
             )
-        return key, value, _status_text(status), at, crc32(value.encode())
+        return self._prefix + key, value, status, at, crc32(value.encode())
+
+    def _columns(self, record: R) -> tuple[str, str | None, int | None]:
+        """Return the record's id, status and age as it gives them."""
+        return (
+            self._key(record),
+            _status_text(self._status(record)) if self._status else None,
+            self._at(record) if self._at else None,
+        )
 
     def _record(self, row: tuple[Any, ...]) -> R:
         key, value, status, at, crc = row[:5]
@@ -2449,12 +2476,10 @@ class Namespace(Generic[R]):
             if crc32(value) != crc:
                 raise ValueError("its checksum does not match")
             record = self._codec.decode(value)
-            said = _status_text(self._status(record)) if self._status else None
-            if key.decode() != self._prefix + self._key(record):
+            record_id, *columns = self._columns(record)
+            if key.decode() != self._prefix + record_id:
                 raise ValueError("it holds the record of another key")
-            if (None if status is None else status.decode()) != said or at != (
-                self._at(record) if self._at else None
-            ):
+            if columns != [None if status is None else status.decode(), at]:
                 raise ValueError("its status and age columns do not match the record")
         except Exception as error:  # whatever an operator's own properties raise, too
             name = key.decode(errors="replace") if isinstance(key, bytes) else str(key)

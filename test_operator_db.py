@@ -1990,6 +1990,19 @@ class AnInterrupt(Scratch):
                 self.assertEqual(other.get_task("a") is None, other.get_task("b") is None)
                 db.close()
 
+    def test_of_a_single_write_stores_all_of_it_or_nothing_and_leaves_no_lock_held(self) -> None:
+        for function in ("_wait_for_turn", "_connect_writer", "_begin", "_usable", "change", "_committed"):
+            with self.subTest(function=function):
+                db, other = self.open(), self.open(timeout=0.5)
+                other.store_task(TaskRecord(task_id=function))
+                with self.assertRaises(KeyboardInterrupt), self.landing_in(function):
+                    db.delete_task(function)
+                self.assertEqual(other.get_task(function) is None, function == "_committed")
+                other.store_task(TaskRecord(task_id="other"))
+                db.store_task(TaskRecord(task_id="mine"))
+                self.assertIsNotNone(other.get_task("mine"))
+                db.close()
+
     def test_of_a_snapshot_leaves_no_reader_in_its_transaction(self) -> None:
         db = self.open()
         db.append_transcript("s", "user", "x")
@@ -2141,13 +2154,19 @@ class Blocks(Scratch):
             pass
 
     def test_committed_are_not_denied_for_a_checkpoint_that_fails(self) -> None:
-        db = self.open()
-        with (
-            mock.patch("operator_db._WAL_LIMIT", -1),
-            mock.patch("operator_db._size", side_effect=StorageError("full")),
-        ):
+        db, query, tried = self.open(), operator_db._Connection.query, []
+
+        def full(connection: Any, sql: str, *rest: Any, **options: Any) -> Any:
+            if "checkpoint" in sql:
+                tried.append(sql)
+                raise StorageError("full")
+            return query(connection, sql, *rest, **options)
+
+        with mock.patch("operator_db._WAL_LIMIT", -1), mock.patch("operator_db._Connection.query", full):
             db.store_task(TaskRecord(task_id="t"))
-        self.assertIsNotNone(db.get_task("t"))
+            with db.transaction():
+                db.store_task(TaskRecord(task_id="u"))
+        self.assertEqual((len(tried), db.count_tasks()[TaskStatus.CLAIMED]), (2, 2))
 
     def test_of_many_writers_take_turns_without_sleeping_for_each_other(self) -> None:
         db = self.open()
