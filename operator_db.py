@@ -1344,6 +1344,9 @@ class _Lease:
 
     def __init__(self, timeout: float, *, writes: bool) -> None:
         self.alive = threading.Lock()
+        self.turn = (
+            threading.Lock()
+        )  # released by the one before it in the queue: a hint, it looks by itself too
         self.thread = threading.get_ident()
         self.deadline = time.monotonic() + timeout
         self.writes = writes
@@ -1583,7 +1586,13 @@ class _Store:
             works = self._is_paused() and _is_at_work()
             if time.monotonic() >= lease.deadline:
                 raise BusyError(f"{self.path} was in use by other threads for {self.timeout:g} s; try again")
-            time.sleep(0.0001 * max(1, place))
+            lease.turn.acquire(timeout=0.001 * max(1, place))
+
+    def _call_next(self) -> None:
+        """Let the first that waits look at once whether its turn has come."""
+        if len(self._queue) > 1:  # the first in it is the one that has just left
+            with suppress(IndexError, RuntimeError):  # it has gone, or is awake
+                self._queue[1].turn.release()
 
     def _check_out(self, lease: _Lease) -> _Connection:
         """Give a reader connection of its own to a lease, which may be one that was used before."""
@@ -1658,7 +1667,8 @@ class _Store:
                     connection.rollback()
                 raise
             self._committed(connection, began)
-            return changed
+        self._call_next()
+        return changed
 
     @_block
     def snapshot(self) -> Generator[None, None, None]:
@@ -1702,6 +1712,7 @@ class _Store:
                 self._leave(lease)
                 raise
             self._committed(connection, began)
+        self._call_next()
 
     def _begin(self, lease: _Lease, connection: _Connection) -> None:
         connection.rollback()  # an interrupted holder's
