@@ -43,7 +43,6 @@ from contextvars import ContextVar, Token
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from enum import Enum, StrEnum
 from functools import partial, wraps
-from hashlib import sha256
 from heapq import merge
 from io import RawIOBase, TextIOBase
 from itertools import accumulate, islice
@@ -198,6 +197,15 @@ def _now() -> int:
     return int(time.time())
 
 
+def _sha256(value: bytes) -> str:
+    """Return the SHA-256 of bytes as 64 lower-case hex digits."""
+    from hashlib import (
+        sha256,
+    )  # here, because loading OpenSSL costs as much as the rest of this module's imports
+
+    return sha256(value).hexdigest()
+
+
 class TaskStatus(StrEnum):
     """Where a task stands; also parses `InProgress` and `in-progress`."""
 
@@ -305,7 +313,7 @@ class VerificationLog(_Checked):
 
     def __post_init__(self) -> None:
         """Fill in what follows from the outputs, and check every field."""
-        outputs_hash = sha256(self.outputs).hexdigest() if isinstance(self.outputs, bytes) else "?"
+        outputs_hash = _sha256(self.outputs) if isinstance(self.outputs, bytes) else "?"
         if self.proof_hash is _ABSENT:
             object.__setattr__(self, "proof_hash", outputs_hash)
         if self.result_data is _ABSENT:
@@ -313,7 +321,7 @@ class VerificationLog(_Checked):
         # a stand-in, until the fields that it covers are checked
         object.__setattr__(self, "evidence_hash", "1" * 64)
         super().__post_init__()
-        object.__setattr__(self, "evidence_hash", sha256(_evidence(self)).hexdigest())
+        object.__setattr__(self, "evidence_hash", _sha256(_evidence(self)))
         if self.submission_signature is not None and not self.submitted:
             raise InvalidRecordError(
                 "VerificationLog.submission_signature is given, so submitted must be True"
@@ -324,7 +332,7 @@ class VerificationLog(_Checked):
 
         Both differences are legal: a zero-knowledge proof commits to something other than the output bytes.
         """
-        outputs_hash = sha256(self.outputs).hexdigest()
+        outputs_hash = _sha256(self.outputs)
         found = []
         if self.proof_hash != outputs_hash:
             found.append(f"proof_hash is not the SHA-256 of outputs, {outputs_hash}")

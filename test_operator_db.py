@@ -5994,13 +5994,21 @@ class Bench:
             self.compare("store_task, durable", *stores, at_most=1.15, calls=1, rounds=500)
 
     def processes(self) -> None:
-        """Compare a process that imports the module with one that imports what it stands on."""
-        programs = [
-            [sys.executable, "-c", f"import {names}"]
+        """Compare a process that imports the module with one that imports what it stands on, compiled and for the first time."""
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": self.path("compiled")}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        imports = [
+            lambda _, names=names: subprocess.run(
+                [sys.executable, "-c", f"import {names}"], cwd=HERE, env=environment, check=True
+            )
             for names in ("sqlite3, json, dataclasses", "operator_db")
         ]
-        imports = [lambda _, each=each: subprocess.run(each, cwd=HERE, check=True) for each in programs]
+        for each in imports:
+            each(0)
         self.compare("import in a new process", *imports, at_most=1.3, calls=1, rounds=21)
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
+        shutil.rmtree(next(Path(self.path("compiled")).rglob("operator_db.*.pyc")).parent)
+        self.compare("import, not yet compiled", *imports, calls=1, rounds=5)
 
     def threads(self) -> None:
         """Note how many tasks a second are stored by one thread, and by sixteen through one handle."""
