@@ -45,6 +45,7 @@ from array import array
 from base64 import b64decode, b64encode
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum, Flag
@@ -3290,6 +3291,29 @@ class Crowded(FaultCase):
                 db.append_transcript("shared", "user", f"{worker} {n}")
             else:
                 self.assertEqual(sum(1 for _ in db.iter_tasks()), 40)
+
+    def test_threads_that_read_in_turn_share_a_reader_and_those_that_read_at_once_never_do(self) -> None:
+        query, meet, used = operator_db._Connection.query, threading.Barrier(2), list[object]()
+
+        def together(connection: Any, *arguments: Any, **options: Any) -> Any:
+            used.append(connection)
+            meet.wait(10)
+            return query(connection, *arguments, **options)
+
+        with OperatorDb(self.path, durable=False) as db, ThreadPoolExecutor(1) as other:
+            for _ in range(5):
+                other.submit(db.get_task, "t").result()
+                db.get_task("t")
+            store = db._store
+            self.assertEqual(len(store._readers), 1)
+            store._readers.append(store._connect("look"))  # beforehand, because connecting queries too
+            store._readers[1].holder = operator_db._Lease(1, writes=False)
+            with mock.patch("operator_db._Connection.query", together):
+                for _ in range(5):
+                    reading = other.submit(db.get_task, "t")
+                    db.get_task("t")
+                    reading.result()
+            self.assertEqual([len({*map(id, used[at : at + 2])}) for at in range(0, 10, 2)], [2] * 5)
 
     def test_sixteen_threads_and_four_processes_read_right_and_lose_no_increment(self) -> None:
         rounds = 12
