@@ -858,7 +858,10 @@ _CREATE_TABLE = (
 )
 _CREATE_INDEX = 'CREATE INDEX "{0}_status_at" ON "{0}"(status, at)'
 _OUR_TABLES = ("tasks", "sessions", "session_log", "proofs", "config")
-_WAL_LIMIT = 16 * 2**20  # bytes that an idle write-ahead log is cut back to
+# Bytes of write-ahead log at which a writer checkpoints. SQLite's automatic checkpoint does so without the write lock, and
+# before 3.51.3 a commit that begins the log anew meanwhile can be lost (https://www.sqlite.org/wal.html#walresetbug);
+# one that truncates takes the write lock where it can.
+_WAL_LIMIT = 4 * 2**20
 _BATCH_PAGES = 500  # given back to the file system at a time
 _LET_IN = 0.002  # seconds between the batches of long work: others look for the lock every millisecond
 _FIRST_READ = "SELECT 1 FROM sqlite_master LIMIT 1"  # BEGIN alone takes no snapshot
@@ -1002,7 +1005,7 @@ def _connect(path: str, timeout: float, *, mode: str = "rw", durable: bool = Tru
             "fullfsync=ON",
             "checkpoint_fullfsync=ON",
         ]
-        settings += ["secure_delete=ON", f"journal_size_limit={_WAL_LIMIT}"]
+        settings += ["secure_delete=ON", f"journal_size_limit={_WAL_LIMIT}", "wal_autocheckpoint=0"]
     else:
         settings.append("query_only=ON")
     try:
