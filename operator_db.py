@@ -1068,7 +1068,7 @@ def _real_path(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def _file_errors(what: str) -> Iterator[None]:
-    """Raise what the file system raises in the block as StorageError; OSErrors of ours and of a callback pass."""
+    """Raise what the system raises in the block as StorageError; ours, and OSErrors without a number, pass."""
     try:
         yield
     except OSError as error:
@@ -2278,9 +2278,7 @@ class Namespace(Generic[R]):
         """Walk the records as lines of an export: with id, status and age beside them where no upstream schema gives those."""
         for row in self._walk(_WALK, None):
             self._record(row)  # proves it whole
-            record = row[1].decode()
-            if self.secrets and not secrets:
-                record = _encode_json(self._codec.redacted(json.loads(record)))
+            record = row[1].decode() if secrets else self._redacted(row[1])
             columns = ""
             if self.name not in _OUR_TABLES:
                 status = None if row[2] is None else row[2].decode()
@@ -2350,6 +2348,12 @@ class Namespace(Generic[R]):
         if any(kind not in (b"text", b"null") for _, kind in rows):
             raise DamagedError(f"{self.name} holds a status that is no text: run check()")
         return [*(status for status, _ in rows if status is not None), None]
+
+    def _redacted(self, value: bytes) -> str:
+        """Return a stored document with `***` for its secrets."""
+        if self.name in _OUR_TABLES and not self.secrets:
+            return value.decode()
+        return _encode_json(self._codec.redacted(json.loads(value)))
 
     @property
     def secrets(self) -> frozenset[str]:
@@ -2545,6 +2549,9 @@ class _PlainNamespace(Namespace[Any]):
         super().__init__(
             store, name, _LogEntry, key="entry_id"
         )  # any dataclass: the walks meet _record alone
+
+    def _redacted(self, value: bytes) -> str:
+        return value.decode()
 
     def document_of(self, record: Any) -> dict[str, Any]:
         """Return a record, which is a JSON object already."""
