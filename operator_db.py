@@ -51,45 +51,22 @@ from typing import IO, Annotated, Any, ClassVar, Generic, NamedTuple, NoReturn, 
 from zlib import crc32
 
 __version__ = "1.0.0"
-__all__ = [
-    "BusyError",
-    "ClosedError",
-    "ConflictError",
-    "DamagedError",
-    "DbStats",
-    "ForeignFileError",
-    "Id",
-    "InvalidRecordError",
-    "Lamports",
-    "Latency",
-    "Namespace",
-    "NewerSchemaError",
-    "NotFoundError",
-    "OperatorConfig",
-    "OperatorDb",
-    "OperatorDbError",
-    "Progress",
-    "PruneReport",
-    "SessionState",
-    "StatusChange",
-    "StorageError",
-    "TaskRecord",
-    "TaskStatus",
-    "TranscriptEntry",
-    "UnixTime",
-    "VerificationLog",
-    "verify_dispute_bundle",
-]
+__all__ = ["BusyError", "ClosedError", "ConflictError", "DamagedError", "DbStats", "ForeignFileError"]
+__all__ += ["Id", "InvalidRecordError", "Lamports", "Latency", "Namespace", "NewerSchemaError"]
+__all__ += ["NotFoundError", "OperatorConfig", "OperatorDb", "OperatorDbError", "Progress", "PruneReport"]
+__all__ += ["SessionState", "StatusChange", "StorageError", "TaskRecord", "TaskStatus", "TranscriptEntry"]
+__all__ += ["UnixTime", "VerificationLog", "verify_dispute_bundle"]
 
 R = TypeVar("R")
-_Place = str | os.PathLike[str] | IO[Any]
+_Path = str | os.PathLike[str]
+_File = _Path | IO[Any]
+_Json = dict[str, Any]
+_Row = tuple[Any, ...]  # of a table, or the values of a record's fields
 Progress = Callable[[int, int], object]
 """What long work calls now and then: with how much is done, and of how much, 0 where that is not known."""
 
 
-# ======================================================================================================================
-# Errors: each is an OperatorDbError and the builtin kind that it is
-# ======================================================================================================================
+# ==== Errors: each is an OperatorDbError and the builtin kind that it is ==============================================
 
 
 class OperatorDbError(Exception):
@@ -144,9 +121,7 @@ def _short(value: object) -> str:
         return f"<{type(value).__name__}>"
 
 
-# ======================================================================================================================
-# Records: keyword-only dataclasses, checked when they are made
-# ======================================================================================================================
+# ==== Records: keyword-only dataclasses, checked when they are made ===================================================
 
 
 class _Rule(NamedTuple):
@@ -178,9 +153,7 @@ UnixTime = Annotated[
 Lamports = Annotated[int, _Rule("an int from 0 to 2^64-1", lambda v: type(v) is int and 0 <= v < 2**64)]
 """An amount in the smallest unit of a token, as the chain's `u64`."""
 
-_Count = Annotated[
-    int, _Rule("an int of 0 or more, within 64 bits", lambda v: type(v) is int and 0 <= v < 2**63)
-]
+_Count = Annotated[int, _Rule("an int from 0 to 2^63-1", lambda v: type(v) is int and 0 <= v < 2**63)]
 _HASH = _Rule(
     "64 lower-case hex digits, not all zero",
     lambda v: type(v) is str and len(v) == 64 and {"0"} != set(v) <= set("0123456789abcdef"),
@@ -199,9 +172,7 @@ def _now() -> int:
 
 def _sha256(value: bytes) -> str:
     """Return the SHA-256 of bytes as 64 lower-case hex digits."""
-    from hashlib import (
-        sha256,
-    )  # here, because loading OpenSSL costs as much as the rest of this module's imports
+    from hashlib import sha256  # here: loading OpenSSL costs as much as this module's other imports
 
     return sha256(value).hexdigest()
 
@@ -323,9 +294,7 @@ class VerificationLog(_Checked):
         super().__post_init__()
         object.__setattr__(self, "evidence_hash", _sha256(_evidence(self)))
         if self.submission_signature is not None and not self.submitted:
-            raise InvalidRecordError(
-                "VerificationLog.submission_signature is given, so submitted must be True"
-            )
+            raise InvalidRecordError("VerificationLog.submission_signature is given: submitted must be True")
 
     def verify(self) -> list[str]:
         """Return in what the hash and result data differ from what the reference worker would submit; empty if in nothing.
@@ -346,10 +315,8 @@ class VerificationLog(_Checked):
 
     def dispute_args(self) -> dict[str, bytes | str]:
         """Return the arguments of `initiate_dispute` that name the evidence: its hash (32 bytes) and URI (at most 256 bytes)."""
-        return {
-            "evidence_hash": bytes.fromhex(self.evidence_hash),
-            "evidence": f"agenc://evidence/sha256/{self.evidence_hash}",
-        }
+        uri = f"agenc://evidence/sha256/{self.evidence_hash}"
+        return {"evidence_hash": bytes.fromhex(self.evidence_hash), "evidence": uri}
 
 
 @dataclass(kw_only=True)
@@ -421,10 +388,7 @@ class Latency:
     one counts those beyond every bound.
     """
 
-    bounds: ClassVar[tuple[float, ...]] = (
-        *(digits * 10.0**power for power in range(-5, 1) for digits in (1, 2.5, 5)),
-        10.0,
-    )
+    bounds: ClassVar[tuple[float, ...]] = (*(d * 10.0**p for p in range(-5, 1) for d in (1, 2.5, 5)), 10.0)
     __slots__ = ("buckets", "errors", "seconds")
 
     def __init__(self) -> None:
@@ -474,9 +438,7 @@ class DbStats:
     operations: dict[str, Latency]
 
 
-# ======================================================================================================================
-# Codec: any dataclass of these field types <-> one JSON document
-# ======================================================================================================================
+# ==== Codec: any dataclass of these field types <-> one JSON document =================================================
 
 _REDACTED = "***"
 _DEEPEST = 100  # levels of nesting in a free-form field; json.loads gives up near 1,000
@@ -522,29 +484,20 @@ def _is_json(value: Any, depth: int = 1) -> bool:
         return depth <= _DEEPEST and all(_is_text(k) and _is_json(v, depth + 1) for k, v in value.items())
     if kind is list:
         return depth <= _DEEPEST and all(_is_json(v, depth + 1) for v in value)
-    return (
-        value is None
-        or kind is bool
-        or kind is int
-        or (kind is float and value - value == 0)
-        or _is_text(value)
-    )
+    return value is None or kind in (bool, int) or (kind is float and value - value == 0) or _is_text(value)
 
 
 def _base64(value: bytes) -> str:
     return b2a_base64(value, newline=False).decode("ascii")
 
 
-def _from_base64(value: str) -> bytes:
-    return a2b_base64(value, strict_mode=True)
-
-
+_FROM_BASE64 = partial(a2b_base64, strict_mode=True)
 _PLAIN: dict[Any, _Shape] = {
     str: _Shape("a str of valid Unicode", _is_text),
     int: _Shape("an int", lambda v: type(v) is int, sure=frozenset({int})),
     bool: _Shape("a bool", lambda v: type(v) is bool, sure=frozenset({bool})),
     float: _Shape("a finite float", lambda v: type(v) in (float, int) and v - v == 0),
-    bytes: _Shape("bytes", lambda v: type(v) is bytes, _base64, _from_base64, frozenset({bytes})),
+    bytes: _Shape("bytes", lambda v: type(v) is bytes, _base64, _FROM_BASE64, frozenset({bytes})),
     Any: _Shape(f"JSON, at most {_DEEPEST} levels deep", _is_json),
     dict: _Shape(f"a JSON object, at most {_DEEPEST} levels deep", lambda v: type(v) is dict and _is_json(v)),
     list: _Shape(f"a JSON array, at most {_DEEPEST} levels deep", lambda v: type(v) is list and _is_json(v)),
@@ -565,9 +518,7 @@ def _shape(hint: Any) -> _Shape:
     if origin is list:
         return _list_of(_shape(args[0]))
     if origin is dict and args[0] is str:
-        if args[1] is Any:
-            return _PLAIN[dict]
-        return _dict_of(_shape(args[1]))
+        return _PLAIN[dict] if args[1] is Any else _dict_of(_shape(args[1]))
     if _is_enum(hint):
         members = {member.value: member for member in hint}
         says, encode = f"one of {', '.join(str(value) for value in members)}", attrgetter("_value_")
@@ -577,10 +528,8 @@ def _shape(hint: Any) -> _Shape:
         return _Shape(says, lambda v: type(v) is hint, encode, decode, frozenset({hint}))
     if isinstance(hint, type) and is_dataclass(hint):
         codec = _codec(hint)
-        sure = frozenset({hint} if codec.stays_checked else ())
-        return _Shape(
-            f"a {hint.__name__}", codec.holds, codec.to_json, codec.from_json, sure, bool(codec.secrets)
-        )
+        sure, secret = frozenset({hint} if codec.stays_checked else ()), bool(codec.secrets)
+        return _Shape(f"a {hint.__name__}", codec.holds, codec.to_json, codec.from_json, sure, secret)
     raise TypeError(f"{hint} has no JSON form here")
 
 
@@ -651,7 +600,7 @@ class _Codec(Generic[R]):
             raise InvalidRecordError(f"{self.name}: {str(error)[:200]}") from None
         self.secrets |= {name for name, shape in self.shapes.items() if shape.secret}
         # two names more, because attrgetter of one gives no tuple, and of none is an error
-        self._values: Callable[[R], tuple[Any, ...]] = attrgetter(*self.shapes, "__class__", "__class__")
+        self._values: Callable[[R], _Row] = attrgetter(*self.shapes, "__class__", "__class__")
         every = fields(record_type)
         self._names = tuple(self.shapes)
         self._enums = [(f.name, hints[f.name]) for f in every if _is_enum(hints[f.name])]
@@ -659,9 +608,7 @@ class _Codec(Generic[R]):
         self._decoders = [(name, shape.decode) for name, shape in self.shapes.items() if shape.decode]
         self._computed = [f.name for f in every if not f.init]
         self._settable = frozenset(f.name for f in every if f.init)
-        self._required = [
-            f.name for f in every if f.init and f.default is MISSING and f.default_factory is MISSING
-        ]
+        self._required = [f.name for f in every if f.init and f.default is f.default_factory is MISSING]
         # For each combination of types that fields have had and passed with: the checks that types do not decide.
         self._unsure: dict[tuple[type, ...], list[tuple[int, Callable[[Any], bool]]]] = {}
         ours = issubclass(record_type, _Checked) and record_type.__module__ == __name__
@@ -673,7 +620,7 @@ class _Codec(Generic[R]):
             record_type.__repr__ = _redacted_repr  # type: ignore[method-assign]
         _CODECS[record_type] = self
 
-    def check(self, record: R) -> tuple[Any, ...]:
+    def check(self, record: R) -> _Row:
         """Return the fields' values; raise InvalidRecordError for the first that does not hold, never showing a secret."""
         if type(record) is not self.record_type:
             raise InvalidRecordError(f"expected a {self.name}, got {type(record).__name__}")
@@ -686,7 +633,7 @@ class _Codec(Generic[R]):
             self._check_each(values)
         return values
 
-    def _with_members(self, record: R, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _with_members(self, record: R, values: _Row) -> _Row:
         """Return the values with an enum's value replaced, in the record too, by the member that it stands for."""
         for name, enum in self._enums:
             value = getattr(record, name)
@@ -695,7 +642,7 @@ class _Codec(Generic[R]):
                     object.__setattr__(record, name, enum(value))
         return self._values(record)[:-2]
 
-    def _hold(self, values: tuple[Any, ...]) -> bool:
+    def _hold(self, values: _Row) -> bool:
         """Whether the values hold, of types that have been met together; False for those that have not."""
         try:
             for place, holds in self._unsure[tuple(map(type, values))]:
@@ -705,7 +652,7 @@ class _Codec(Generic[R]):
             return False
         return True
 
-    def _check_each(self, values: tuple[Any, ...]) -> None:
+    def _check_each(self, values: _Row) -> None:
         """Check every value, say which does not hold, and remember what types alone decide."""
         for (name, shape), value in zip(self.shapes.items(), values, strict=True):
             try:
@@ -715,10 +662,8 @@ class _Codec(Generic[R]):
                     raise
                 held = False
             if not held:
-                shown = _REDACTED if name in self.secrets else _short(value)
-                raise InvalidRecordError(
-                    f"{self.name}.{name} must be {shape.says}; got {type(value).__name__} {shown}"
-                )
+                got = f"{type(value).__name__} {_REDACTED if name in self.secrets else _short(value)}"
+                raise InvalidRecordError(f"{self.name}.{name} must be {shape.says}; got {got}")
         self._unsure[tuple(map(type, values))] = [
             (place, shape.holds)
             for place, shape in enumerate(self.shapes.values())
@@ -733,12 +678,9 @@ class _Codec(Generic[R]):
             self.check(record)
         return True
 
-    def to_json(self, record: R) -> dict[str, Any]:
-        """Return the record as a JSON object; it must have been checked."""
-        return self._document(self._values(record)[:-2])
-
-    def _document(self, values: tuple[Any, ...]) -> dict[str, Any]:
-        document = dict(zip(self._names, values, strict=True))
+    def to_json(self, record: R, values: _Row = ()) -> _Json:
+        """Return the record as a JSON object; it must have been checked, and `values` are what the check gave."""
+        document = dict(zip(self._names, values or self._values(record)[:-2], strict=True))
         for name, encode in self._encoders:
             document[name] = encode(document[name])
         return document
@@ -767,7 +709,7 @@ class _Codec(Generic[R]):
         vars(record).update(document)
         return record
 
-    def _constructed(self, document: dict[str, Any]) -> R:
+    def _constructed(self, document: _Json) -> R:
         settable = self._settable
         try:
             record = self.record_type(**{name: value for name, value in document.items() if name in settable})
@@ -783,9 +725,9 @@ class _Codec(Generic[R]):
                 raise ValueError(f"{self.name}.{name} is not what the other fields give")
         return record
 
-    def defaults(self, names: list[str]) -> dict[str, Any]:
+    def defaults(self, names: list[str]) -> _Json:
         """Return as JSON what a record has in these fields when they are not given, for those that need not be."""
-        made: dict[str, Any] = {}
+        made: _Json = {}
         for each in fields(cast(Any, self.record_type)):
             if each.name in names and each.name not in self._required:
                 value = each.default if each.default_factory is MISSING else each.default_factory()
@@ -793,19 +735,16 @@ class _Codec(Generic[R]):
                 made[each.name] = encode(value) if encode else value
         return made
 
-    def redacted(self, document: dict[str, Any]) -> dict[str, Any]:
+    def redacted(self, document: _Json) -> _Json:
         """Return a JSON object of a record with `***` for its secrets."""
-        return {
-            name: _REDACTED if name in self.secrets else value
-            for name, value in document.items()
-            if name in self.shapes  # one that the class no longer has may have been a secret
-        }
+        known = (name for name in document if name in self.shapes)  # others may have been secrets once
+        return {name: _REDACTED if name in self.secrets else document[name] for name in known}
 
     def encode(self, record: R) -> str:
         """Check the record and return it as one JSON document."""
         values = self.check(record)
         try:
-            text = _encode_json(self._document(values))
+            text = _encode_json(self.to_json(record, values))
             if not self._ours and _encode_json(self.to_json(self.decode(text.encode()))) != text:
                 raise ValueError("its constructor changes it")
         except (ValueError, TypeError, RecursionError):  # an int of over 4,300 digits, for one
@@ -846,9 +785,7 @@ def _redacted_repr(record: Any) -> str:
     return f"{type(record).__qualname__}({', '.join(parts)})"
 
 
-# ======================================================================================================================
-# Schema and opening: what the file looks like, and who may touch it
-# ======================================================================================================================
+# ==== Schema and opening: what the file looks like, and who may touch it ==============================================
 
 APPLICATION_ID = 0x41474E43  # "AGNC", https://www.sqlite.org/pragma.html#pragma_application_id
 # Both texts stand in every file, so changing one is a migration.
@@ -857,6 +794,7 @@ _CREATE_TABLE = (
     " status TEXT, at INTEGER, crc INTEGER NOT NULL)"
 )
 _CREATE_INDEX = 'CREATE INDEX "{0}_status_at" ON "{0}"(status, at)'
+_FILES = {"database": "", "wal": "-wal", "shm": "-shm"}  # what a database consists of
 _OUR_TABLES = ("tasks", "sessions", "session_log", "proofs", "config")
 # Bytes of write-ahead log at which a writer checkpoints. SQLite's automatic checkpoint does so without the write lock, and
 # before 3.51.3 a commit that begins the log anew meanwhile can be lost (https://www.sqlite.org/wal.html#walresetbug);
@@ -894,13 +832,8 @@ class _Connection(sqlite3.Connection):
             return False
 
     def query(
-        self,
-        sql: str,
-        parameters: tuple[Any, ...] = (),
-        *,
-        most_bytes: int | None = None,
-        deadline: float | None = None,
-    ) -> list[tuple[Any, ...]]:
+        self, sql: str, parameters: _Row = (), *, most_bytes: int | None = None, deadline: float | None = None
+    ) -> list[_Row]:
         """Execute one statement and return its rows, or its first ones until their values exceed `most_bytes`."""
         while True:
             try:
@@ -909,7 +842,7 @@ class _Connection(sqlite3.Connection):
             except _SQLITE_ERRORS as error:
                 deadline = self._wait_or_raise(error, deadline)
 
-    def change(self, sql: str, parameters: tuple[Any, ...] = ()) -> int:
+    def change(self, sql: str, parameters: _Row = ()) -> int:
         """Execute one statement and return the number of rows that it changed."""
         return self.attempt(self.execute, sql, parameters).rowcount
 
@@ -930,9 +863,7 @@ class _Connection(sqlite3.Connection):
             raise self.last_error from None
         deadline = deadline or time.monotonic() + self.timeout
         if time.monotonic() >= deadline:
-            raise BusyError(
-                f"{self.path} was locked by another process for {self.timeout:g} s; try again"
-            ) from None
+            raise BusyError(f"{self.path} was locked by others for {self.timeout:g} s; try again") from None
         time.sleep(0.001)
         return deadline
 
@@ -940,7 +871,7 @@ class _Connection(sqlite3.Connection):
 _SQLITE_ERRORS = (sqlite3.Error, OverflowError, UnicodeError)
 
 
-def _first_rows(cursor: sqlite3.Cursor, most_bytes: int) -> list[tuple[Any, ...]]:
+def _first_rows(cursor: sqlite3.Cursor, most_bytes: int) -> list[_Row]:
     rows = []
     for row in cursor:
         rows.append(row)
@@ -968,11 +899,8 @@ def _typed(error: Exception, path: str) -> OperatorDbError:
     if code == sqlite3.SQLITE_READONLY:
         return StorageError(f"{path} cannot be written ({error})")
     if code == sqlite3.SQLITE_CANTOPEN:
-        why = (
-            "a -wal beside it needs a directory that may be written"
-            if os.access(path, os.R_OK)
-            else "permission denied"
-        )
+        readable = os.access(path, os.R_OK)
+        why = "its -wal needs a directory that may be written" if readable else "permission denied"
         return StorageError(f"{path} cannot be opened: {why}")
     if isinstance(error, sqlite3.ProgrammingError):
         return ClosedError(f"{path}: the connection is closed ({error})")
@@ -984,15 +912,10 @@ def _connect(path: str, timeout: float, *, mode: str = "rw", durable: bool = Tru
     uri = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
     if os.name == "nt":
         uri = "/" + uri.replace("\\", "/")
-    query = {"immutable": "mode=ro&immutable=1", "look": "mode=rw"}.get(mode, f"mode={mode}")
+    uri = f"file:{uri}?mode=" + {"immutable": "ro&immutable=1", "look": "rw"}.get(mode, mode)
     try:
         connection = sqlite3.connect(
-            f"file:{uri}?{query}",
-            uri=True,
-            timeout=0,
-            isolation_level=None,
-            check_same_thread=False,
-            factory=_Connection,
+            uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False, factory=_Connection
         )
     except sqlite3.Error as error:
         raise _typed(error, path) from None
@@ -1000,12 +923,8 @@ def _connect(path: str, timeout: float, *, mode: str = "rw", durable: bool = Tru
     connection.text_factory = bytes  # damaged text must reach the checksum, not fail to decode on the way
     settings = ["cell_size_check=ON", "trusted_schema=OFF"]
     if mode == "rw":
-        settings += [
-            f"synchronous={'FULL' if durable else 'NORMAL'}",
-            "fullfsync=ON",
-            "checkpoint_fullfsync=ON",
-        ]
-        settings += ["secure_delete=ON", f"journal_size_limit={_WAL_LIMIT}", "wal_autocheckpoint=0"]
+        settings += [f"synchronous={'FULL' if durable else 'NORMAL'}", f"journal_size_limit={_WAL_LIMIT}"]
+        settings += ["fullfsync=ON", "checkpoint_fullfsync=ON", "secure_delete=ON", "wal_autocheckpoint=0"]
     else:
         settings.append("query_only=ON")
     try:
@@ -1035,22 +954,18 @@ _MIGRATIONS: tuple[Callable[[_Connection], None], ...] = (_create_our_tables,)
 
 def _is_namespace_name(name: object) -> bool:
     """Whether a namespace of the operator's own can have this name: it stands in SQL, keys and labels as it is."""
-    return (
-        isinstance(name, str)
-        and re.fullmatch("[a-z][a-z0-9_]{0,47}", name) is not None
-        and name not in _OUR_TABLES
-        and not name.startswith("sqlite_")
-    )
+    shaped = isinstance(name, str) and re.fullmatch("(?!sqlite_)[a-z][a-z0-9_]{0,47}", name)
+    return bool(shaped) and name not in _OUR_TABLES
 
 
-def _database_path(path: str | os.PathLike[str] | None) -> str:
+def _database_path(path: _Path | None) -> str:
     """Return the absolute path of the database: the argument, else AGENC_DB_PATH, else ~/.agenc/operator.db."""
     if path is None:
         path = os.environ.get("AGENC_DB_PATH") or os.path.join("~", ".agenc", "operator.db")
     return _real_path(path)
 
 
-def _real_path(path: str | os.PathLike[str]) -> str:
+def _real_path(path: _Path) -> str:
     """Return an absolute path, symbolic links resolved: SQLite keeps the WAL beside the file that they lead to."""
     try:
         text = os.fsdecode(path)
@@ -1130,9 +1045,7 @@ def _inspect(path: str, timeout: float) -> int | None:
         raise ForeignFileError(f"{path} is not a regular file")
     # SQLite takes a file of one byte for an empty database, and would overwrite it
     if 0 < before.st_size < 512:
-        raise ForeignFileError(
-            f"{path} holds {before.st_size} bytes: no SQLite database; nothing was changed"
-        )
+        raise ForeignFileError(f"{path} holds {before.st_size} bytes: not SQLite; nothing was changed")
     # never read-write before the file is known to be ours: that would checkpoint and delete another application's WAL
     try:
         connection = _connect(path, timeout, mode="ro" if _size(path + "-wal") else "immutable")
@@ -1182,13 +1095,11 @@ def _version(connection: _Connection) -> int:
     path = connection.path
     application, version = _pragma(connection, "application_id"), _pragma(connection, "user_version")
     if application == 0 and version == 0:
-        if not connection.query("SELECT 1 FROM sqlite_master LIMIT 1"):
+        if not connection.query(_FIRST_READ):
             return 0
         raise ForeignFileError(f"{path} is an SQLite database of another application; nothing was changed")
     if application != APPLICATION_ID or version < 1:
-        raise ForeignFileError(
-            f"{path} belongs to another application (application_id {application:#x}); nothing was changed"
-        )
+        raise ForeignFileError(f"{path} is another application's (id {application:#x}); nothing was changed")
     if version > len(_MIGRATIONS):
         raise NewerSchemaError(
             f"{path} has schema version {version}, this module knows {len(_MIGRATIONS)}: update operator_db.py; nothing was changed"
@@ -1199,7 +1110,7 @@ def _version(connection: _Connection) -> int:
     return int(version)
 
 
-def _check_table(query: Callable[..., list[tuple[Any, ...]]], path: str, table: str) -> bool:
+def _check_table(query: Callable[..., list[_Row]], path: str, table: str) -> bool:
     """Whether the table is there; raise ForeignFileError when it, or anything attached to it, is not as we create it.
 
     A trigger or view that names our table could change what a write does: one that is planted deletes every proof.
@@ -1260,9 +1171,7 @@ def _create(path: str, timeout: float) -> None:
             if _size(temporary + "-wal") or _inspect(temporary, timeout) != len(_MIGRATIONS):
                 raise StorageError(f"{path} could not be written whole: is the disk full?")
             if _size(path + "-wal") and not os.path.lexists(path):
-                raise StorageError(
-                    f"{path}-wal is there without its database: put that back, or move the log away"
-                )
+                raise StorageError(f"{path}-wal is there without its database: put that back, or move it off")
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -1329,7 +1238,7 @@ def _snapshot_for_migration(path: str, timeout: float, version: int) -> None:
 
 def _tighten(path: str) -> None:
     """Take other users' permissions off a database file of ours, with a log line."""
-    for name in (path, path + "-wal", path + "-shm"):
+    for name in (path + suffix for suffix in _FILES.values()):
         with suppress(OSError):
             status = os.stat(name)
             if os.name == "posix" and status.st_mode & 0o077 and status.st_uid == os.geteuid():
@@ -1339,9 +1248,7 @@ def _tighten(path: str) -> None:
                 getLogger("operator_db").warning("%s could be read by others: its mode is now 0600", name)
 
 
-# ======================================================================================================================
-# Connections: one writer, a pool of readers, transactions, fork
-# ======================================================================================================================
+# ==== Connections: one writer, a pool of readers, transactions, fork ==================================================
 
 
 class _Lease:
@@ -1358,9 +1265,7 @@ class _Lease:
 
     def __init__(self, timeout: float, *, writes: bool) -> None:
         self.alive = threading.Lock()
-        self.turn = (
-            threading.Lock()
-        )  # released by the one before it in the queue: a hint, it looks by itself too
+        self.turn = threading.Lock()  # released by the one before it in the queue: a hint, no more
         self.thread = threading.get_ident()
         self.deadline = time.monotonic() + timeout
         self.writes = writes
@@ -1439,7 +1344,7 @@ class _Store:
         self._current: ContextVar[_Lease | None] = ContextVar("operator_db_lease", default=None)
         self._opened: tuple[int, int] | None = None  # the file's identity
         self._closed = ""  # why every call is refused
-        self.counted: list[dict[str, Latency]] = []  # what this process has done
+        self.latencies: dict[str, Latency] = {}  # of what this process has done, by name
         self._forget_connections()
         with _stores_lock:
             _stores.add(self)
@@ -1452,9 +1357,7 @@ class _Store:
         self._mutex = threading.RLock()  # reentrant for the sake of signal handlers
         self._queue: deque[_Lease] = deque()
         self._readers: list[_Connection] = []
-        self._local = (
-            threading.local()
-        )  # of each thread, the lease by which it reads and finds its reader again
+        self._local = threading.local()  # of each thread, the lease by which it finds its reader again
         self._writer: _Connection | None = None
         self._wal: tuple[int, int] | None = None
         self._closing: _Lease | None = None  # while it is alive, work in flight ends and none begins
@@ -1468,18 +1371,14 @@ class _Store:
                 what = "there is no database" if version is None else "the file is empty"
                 raise StorageError(f"{self.path}: {what}, and a read-only open creates none")
             if version < len(_MIGRATIONS):
-                raise StorageError(
-                    f"{self.path} has schema version {version}: open it for writing once, to migrate it"
-                )
+                raise StorageError(f"{self.path} has schema version {version}: open it for writing once")
         elif version is None:
             _create(self.path, self.timeout)
             version = _inspect(self.path, self.timeout)
         with _file_errors(self.path):
             self._opened = _identity(self.path)
         if self._opened in _inherited:
-            raise ConflictError(
-                f"{self.path} was open in a transaction when this process was forked: start a fresh process"
-            )
+            raise ConflictError(f"{self.path} was in use when this process was forked: start a fresh process")
         if not self.read_only:
             _tighten(self.path)
             if version != len(_MIGRATIONS):
@@ -1522,9 +1421,7 @@ class _Store:
         except OSError:
             same = False
         if not same:
-            raise StorageError(
-                f"{self.path} or its WAL was replaced or removed while it was open{lost}: open it again"
-            )
+            raise StorageError(f"{self.path} or its WAL was replaced or removed{lost}: open it again")
         return size
 
     # ---- whose turn it is
@@ -1552,9 +1449,7 @@ class _Store:
             raise ClosedError(f"{self.path}: this block has ended")
         if not connection.in_transaction:
             cause = connection.last_error or "it was rolled back"
-            raise StorageError(
-                f"the transaction was ended by an earlier error, nothing in it is stored: {cause}"
-            )
+            raise StorageError(f"an earlier error ended the transaction, nothing in it is stored: {cause}")
         return connection
 
     def _refuse_if_closed(self) -> None:
@@ -1565,16 +1460,12 @@ class _Store:
         """Raise rather than wait for a block that cannot end while this thread waits, or join one that is not ours."""
         inherited = self._current.get()
         if inherited is not None and inherited.writes and inherited.alive.locked():
-            raise ConflictError(
-                "this worker or task was started inside a transaction of another: it cannot write until that ends"
-            )
+            raise ConflictError("a worker or task begun inside a transaction cannot write until that ends")
         thread = threading.get_ident()
         with self._mutex:
             waiting = any(lease.thread == thread and lease.alive.locked() for lease in self._queue)
         if waiting:
-            raise ConflictError(
-                "another coroutine's transaction is open on this thread: a transaction() block must not await"
-            )
+            raise ConflictError("a transaction of another coroutine is open here: a block must not await")
 
     def _is_paused(self) -> bool:
         """Whether new work has to wait for a fork or for close()."""
@@ -1647,9 +1538,7 @@ class _Store:
 
     # ---- reading and writing
 
-    def read(
-        self, sql: str, parameters: tuple[Any, ...] = (), *, most_bytes: int | None = None
-    ) -> list[tuple[Any, ...]]:
+    def read(self, sql: str, parameters: _Row = (), *, most_bytes: int | None = None) -> list[_Row]:
         """Return rows as this thread should see them: its own open block's, else of the last commit."""
         lease = self._mine()
         if lease is not None:
@@ -1660,7 +1549,7 @@ class _Store:
         with lease.alive:
             return self._check_out(lease).query(sql, parameters, most_bytes=most_bytes)
 
-    def write(self, sql: str, parameters: tuple[Any, ...] = ()) -> int:
+    def write(self, sql: str, parameters: _Row = ()) -> int:
         """Execute one statement that changes rows, committed unless a block is open, and return how many rows changed.
 
         Every single write of this module passes here.
@@ -1734,9 +1623,7 @@ class _Store:
         # a deferred transaction that reads first and writes then can fail whatever the timeout
         connection.query("BEGIN IMMEDIATE", deadline=lease.deadline)
         if connection.query("PRAGMA user_version") != [(len(_MIGRATIONS),)]:
-            raise NewerSchemaError(
-                f"{self.path} was migrated by a newer operator_db.py while it was open here: update"
-            )
+            raise NewerSchemaError(f"{self.path} was migrated by a newer operator_db.py meanwhile: update")
 
     def _committed(self, connection: _Connection, began: float) -> None:
         """Make sure of what was committed, cut a WAL that has grown too long, and let others in after a long block."""
@@ -1785,9 +1672,7 @@ class _Store:
                 free = _pragma(connection, "freelist_count")
                 if free and _pragma(connection, "auto_vacuum") == 2:
                     # through execute() this would free a single page, whatever its argument
-                    connection.attempt(
-                        partial(connection.executescript, f"PRAGMA incremental_vacuum({_BATCH_PAGES})")
-                    )
+                    connection.attempt(connection.executescript, f"PRAGMA incremental_vacuum({_BATCH_PAGES})")
                 if free <= _BATCH_PAGES or _pragma(connection, "freelist_count") >= free:
                     break
             time.sleep(_LET_IN)
@@ -1812,11 +1697,8 @@ class _Store:
     def other_tables(self) -> list[str]:
         """Return the tables that operators' own namespaces made."""
         rows = self.read("SELECT name, sql FROM sqlite_master WHERE type = 'table' ORDER BY name")
-        names = [
-            name.decode(errors="replace")
-            for name, sql in rows
-            if sql == _CREATE_TABLE.encode().replace(b"{0}", name)
-        ]
+        made = _CREATE_TABLE.encode()
+        names = [name.decode(errors="replace") for name, sql in rows if sql == made.replace(b"{0}", name)]
         return [name for name in names if _is_namespace_name(name)]
 
     def integrity_problems(self) -> Iterator[str]:
@@ -1852,7 +1734,7 @@ class _Store:
         self._refuse_own_block("backup()")
         with self.snapshot(), closing(_connect(path, self.timeout)) as target:
             self.read(_FIRST_READ)
-            self._copy(cast(_Lease, self._mine()).connection, target, progress)
+            self._copy(self, target, progress)
 
     def copy_from(self, source: _Store, progress: Progress | None) -> None:
         """Replace everything by one state of another database, as one transaction; on any error, nothing is changed.
@@ -1864,17 +1746,14 @@ class _Store:
         with source.snapshot(), lease.alive:
             source.read(_FIRST_READ)
             if source.read("PRAGMA page_size") != self.read("PRAGMA page_size"):
-                raise StorageError(
-                    f"{source.path} has pages of another size: export it, and import that here"
-                )
+                raise StorageError(f"{source.path} has pages of another size: export it, then import that")
             self._wait_for_turn(lease)
-            connection = self._connect_writer()
-            self._copy(cast(_Lease, source._mine()).connection, connection, progress)
+            self._copy(source, self._connect_writer(), progress)
             self._check_file(": what was restored is lost")
         with suppress(OperatorDbError):  # it is committed, whatever comes of this
             self.checkpoint()
 
-    def _copy(self, source: _Connection | None, target: _Connection, progress: Progress | None) -> None:
+    def _copy(self, source: _Store, target: _Connection, progress: Progress | None) -> None:
         """Copy all pages. A read transaction must be held on the source, else its writers make this begin anew for ever."""
         deadline = time.monotonic() + self.timeout
 
@@ -1883,14 +1762,12 @@ class _Store:
             if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 deadline = time.monotonic() + self.timeout
             elif time.monotonic() >= deadline:  # SQLite itself would wait for ever
-                raise BusyError(
-                    f"{target.path} was locked by another process for {self.timeout:g} s; try again"
-                )
+                raise BusyError(f"{target.path} was locked by others for {self.timeout:g} s; try again")
             if progress is not None:
                 progress(pages - remaining, pages)
 
-        if source is not None:
-            target.attempt(partial(source.backup, target, pages=_BATCH_PAGES, progress=watch, sleep=0.001))
+        reader = cast(_Connection, cast(_Lease, source._mine()).connection)
+        target.attempt(partial(reader.backup, target, pages=_BATCH_PAGES, progress=watch, sleep=0.001))
 
     def vacuum(self) -> None:
         """Rebuild the file without gaps, as one transaction."""
@@ -1911,7 +1788,7 @@ class _Store:
         """Whether a path leads to the database that is open here, or to its WAL or shared memory."""
         if self._closed and self._opened not in _inherited:
             return False
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in _FILES.values():
             with suppress(OSError):
                 if os.path.samefile(path, self.path + suffix):
                     return True
@@ -1941,9 +1818,7 @@ class _Store:
             return
         with self._mutex:
             if any(lease.thread == threading.get_ident() for lease in self._leases()):
-                raise ConflictError(
-                    "close() inside a transaction, or in a signal handler that interrupts a call"
-                )
+                raise ConflictError("close() in a transaction, or in a signal handler that interrupts a call")
         self._refuse_other_block()
         closing = self._closing = _Lease(self.timeout, writes=False)
         with closing.alive:
@@ -1979,8 +1854,7 @@ class _Store:
 
     def after_fork_in_child(self) -> None:
         """Begin anew, or, where the parent's connections could not be closed, refuse every call from now on."""
-        for latencies in self.counted:
-            latencies.clear()
+        self.latencies.clear()
         inherited = self._connections()
         for lease in (*(connection.holder for connection in self._readers), *self._queue):
             lease.connection = None  # so that leaving the parent's block here touches nothing
@@ -1988,7 +1862,12 @@ class _Store:
         if inherited:
             self._closed = "was in use when this process was forked: only the parent can go on with it"
             _inherited.add(self._opened or (0, 0))
-            _never_close(inherited)
+            import ctypes
+
+            # never closed here, at interpreter exit neither: that may delete the parent's WAL
+            # (https://www.sqlite.org/howtocorrupt.html, section 2.6)
+            for connection in inherited:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 
 _stores: weakref.WeakSet[_Store] = weakref.WeakSet()
@@ -2006,17 +1885,6 @@ def _all_stores() -> list[_Store]:
 def _is_at_work() -> bool:
     """Whether this thread is in the midst of work on any database."""
     return any(store.is_at_work(threading.get_ident()) for store in _all_stores())
-
-
-def _never_close(connections: list[_Connection]) -> None:
-    """Keep inherited connections from ever being closed here, at interpreter exit too.
-
-    Closing one in the child may delete the parent's WAL (https://www.sqlite.org/howtocorrupt.html, section 2.6).
-    """
-    import ctypes
-
-    for connection in connections:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 
 def _before_fork() -> None:
@@ -2046,9 +1914,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_parent=_fork_is_coming.release, after_in_child=_fork_is_coming.release)
 
 
-# ======================================================================================================================
-# Namespace: a table of records of one kind
-# ======================================================================================================================
+# ==== Namespace: a table of records of one kind =======================================================================
 
 _BATCH_BYTES = 2**20  # of values that a walk holds at a time
 _BATCH_SECONDS = 0.02  # that a prune holds the write lock at a time
@@ -2058,7 +1924,7 @@ _PUT = 'INSERT INTO "{0}"(key, value, status, at, crc) VALUES(?, ?, ?, ?, ?) ON 
 _PUT_OVER = (
     _PUT + "UPDATE SET value = excluded.value, status = excluded.status, at = excluded.at, crc = excluded.crc"
 )
-_PUT_IF_ABSENT = _PUT + "NOTHING"
+_PUT_NEW = _PUT + "NOTHING"
 _DELETE = 'DELETE FROM "{0}" WHERE key = ?'
 _CLEAR = 'DELETE FROM "{0}" WHERE status = ?'
 _COUNT = 'SELECT count(*) FROM "{0}"'
@@ -2119,12 +1985,10 @@ def _status_text(status: Any) -> str | None:
         return cast("str | None", value)
     if type(value) is bool:
         return "true" if value else "false"
-    raise InvalidRecordError(
-        f"a status must be a str, an enum of str, a bool or None; got {type(value).__name__}"
-    )
+    raise InvalidRecordError(f"a status is a str, an enum of str, a bool or None; got {type(value).__name__}")
 
 
-def _age(row: tuple[Any, ...]) -> tuple[bool, int, int]:
+def _age(row: _Row) -> tuple[bool, int, int]:
     """Return what SQLite sorts a row of `_LIST` by: its age, NULL first, then its row number."""
     return row[3] is not None, row[3] or 0, row[5]
 
@@ -2146,29 +2010,21 @@ class Namespace(Generic[R]):
         key: str,
         status: str | None = None,
         at: str | None = None,
-        on_delete: Callable[[str], object] | None = None,
     ) -> None:
         self.name, self.record_type = name, record_type
-        self._store, self._codec, self._on_delete = store, _codec(record_type), on_delete
-        for role, attribute in (("key", key), ("status", status), ("at", at)):
-            known = attribute in self._codec.shapes or (
-                type(attribute) is str and hasattr(record_type, attribute)
-            )
-            if not known and (role == "key" or attribute is not None):
-                raise InvalidRecordError(
-                    f"{role}={_short(attribute)}: {record_type.__name__} has no such field"
-                )
-            if attribute in self._codec.secrets:
-                raise InvalidRecordError(
-                    f"{role}={attribute!r} is a secret field: keys and columns are shown"
-                )
-        self._prefix = name + ":"
+        self._store, self._codec = store, _codec(record_type)
+        self.on_delete: Callable[[str], object] | None = None  # called with an id, in the same transaction
+        for role, each in (("key", key), ("status", status), ("at", at)):
+            known = each in self._codec.shapes or (type(each) is str and hasattr(record_type, each))
+            if not known and (role == "key" or each is not None):
+                raise InvalidRecordError(f"{role}={_short(each)}: {record_type.__name__} has no such field")
+            if each in self._codec.secrets:
+                raise InvalidRecordError(f"{role}={each!r} is a secret field: keys and columns are shown")
+        self._prefix, self._label = name + ":", name + "."
         self._key = attrgetter(key)
         self._status = attrgetter(status) if status else None
         self._at = attrgetter(at) if at else None
-        self._get, self._put_over, self._put_if_absent = (
-            _sql.format(name) for _sql in (_GET, _PUT_OVER, _PUT_IF_ABSENT)
-        )
+        self._get, self._put_over, self._put_new = (sql.format(name) for sql in (_GET, _PUT_OVER, _PUT_NEW))
 
     # ---- one record
 
@@ -2183,9 +2039,8 @@ class Namespace(Generic[R]):
 
     def put(self, record: R, *, if_absent: bool = False) -> bool:
         """Store the record over the one with its id; with `if_absent`, only where there is none. Return whether stored."""
-        return (
-            self._store.write(self._put_if_absent if if_absent else self._put_over, self.row_of(record)) > 0
-        )
+        sql = self._put_new if if_absent else self._put_over
+        return self._store.write(sql, self.row_of(record)) > 0
 
     def update(self, record_id: str, change: Callable[[R], R]) -> R:
         """Read, call `change(record)`, and store what it returns, as one transaction; return what is stored now.
@@ -2201,9 +2056,7 @@ class Namespace(Generic[R]):
             record = change(record)
             after = self.row_of(record)
             if after[0] != before[0]:
-                raise InvalidRecordError(
-                    f"update of {_short(before[0])} returned a record with another id, {_short(after[0])}"
-                )
+                raise InvalidRecordError(f"{_short(before[0])}: update gave another id, {_short(after[0])}")
             if after != before:
                 self._store.write(self._put_over, after)
             return record
@@ -2213,10 +2066,10 @@ class Namespace(Generic[R]):
         if not _is_text(record_id):
             raise InvalidRecordError(f"an id must be a str; got {_short(record_id)}")
         key = self._prefix + record_id  # no other check: what another program wrote can be deleted too
-        if self._on_delete is None:
+        if self.on_delete is None:
             return self._store.write(_DELETE.format(self.name), (key,)) > 0
         with self._store.transaction():
-            self._on_delete(record_id)
+            self.on_delete(record_id)
             return self._store.write(_DELETE.format(self.name), (key,)) > 0
 
     def salvage(self, record_id: str) -> R | None:
@@ -2314,13 +2167,11 @@ class Namespace(Generic[R]):
     def _prune_status(
         self, status: str | bytes | None, before: int, keep: Callable[[str], bool], dry_run: bool
     ) -> Iterator[int]:
-        place = (-(2**63), 0)
+        sql, place = _EXPIRED.format(self.name), (-(2**63), 0)
         while True:
             removed = 0
             with self._store.snapshot() if dry_run else self._store.transaction():
-                rows = self._store.read(
-                    _EXPIRED.format(self.name), (status, before, *place), most_bytes=_BATCH_BYTES
-                )
+                rows = self._store.read(sql, (status, before, *place), most_bytes=_BATCH_BYTES)
                 deadline = time.monotonic() + _BATCH_SECONDS
                 for row in rows:
                     # decoded, because an index with one bit flipped says of the wrong record that it may go
@@ -2351,43 +2202,24 @@ class Namespace(Generic[R]):
 
     def _redacted(self, value: bytes) -> str:
         """Return a stored document with `***` for its secrets."""
-        if self.name in _OUR_TABLES and not self.secrets:
+        if self.name in _OUR_TABLES and not self._codec.secrets:
             return value.decode()
         return _encode_json(self._codec.redacted(json.loads(value)))
 
-    @property
-    def secrets(self) -> frozenset[str]:
-        """The names of the fields whose values are not shown."""
-        return self._codec.secrets
-
     def put_row(self, row: builtins.list[Any]) -> bool:
         """Store a row that `row_of` made, unless there is one with its key; return whether it was stored."""
-        return self._store.write(self._put_if_absent, tuple(row)) > 0
-
-    def record_of(self, document: dict[str, Any]) -> R:
-        """Return the record that a JSON object, used up by it, holds; raise ValueError or TypeError when it holds none."""
-        return self._codec.from_json(dict(document))
-
-    def document_of(self, record: R) -> dict[str, Any]:
-        """Return a checked record as a JSON object."""
-        return self._codec.to_json(record)
-
-    def defaults(self, names: builtins.list[str]) -> dict[str, Any]:
-        """Return as JSON what a record has in these fields when they are not given, for those that need not be."""
-        return self._codec.defaults(names)
+        return self._store.write(self._put_new, tuple(row)) > 0
 
     def row_as_written(
-        self, record_id: Any, status: Any, at: Any, document: dict[str, Any]
+        self, record_id: Any, status: Any, at: Any, document: _Json
     ) -> tuple[str, str, str | None, int | None, int]:
         """Return the row of a JSON object, with the columns that the operator's code took from it, once all are checked."""
         if not (_is_text(status) or status is None) or not _is_age(at) or not _is_json(document):
-            raise ValueError(
-                "status must be text or null, at Unix seconds or null, and the record plain JSON"
-            )
+            raise ValueError("status must be text or null, at Unix seconds or null, the record plain JSON")
         text = _encode_json(document)
         return self._prefix + _check_id(record_id), text, status, at, crc32(text.encode())
 
-    def replace_row(self, row: tuple[Any, ...]) -> str:
+    def replace_row(self, row: _Row) -> str:
         """Store a row that `row_of` made over one with its key; return `added`, `replaced` or `unchanged`."""
         if self.put_row([*row]):
             return "added"
@@ -2481,25 +2313,18 @@ class Namespace(Generic[R]):
         except InvalidRecordError:
             raise
         except Exception as error:  # of an operator's own property
-            raise InvalidRecordError(
-                f"{self.name}: {type(error).__name__} from a property of the record"
-            ) from None
+            raise InvalidRecordError(f"{self.name}: {type(error).__name__} raised by a property") from None
         _check_id(key)
         if not _is_age(at):
-            raise InvalidRecordError(
-                f"{self.name}: its age must be counted from Unix seconds; got {_short(at)}"
-            )
+            raise InvalidRecordError(f"{self.name}: its age is counted from Unix seconds; got {_short(at)}")
         return self._prefix + key, value, status, at, crc32(value.encode())
 
     def _columns(self, record: R) -> tuple[str, str | None, int | None]:
         """Return the record's id, status and age as it gives them."""
-        return (
-            self._key(record),
-            _status_text(self._status(record)) if self._status else None,
-            self._at(record) if self._at else None,
-        )
+        status = _status_text(self._status(record)) if self._status else None
+        return self._key(record), status, self._at(record) if self._at else None
 
-    def _record(self, row: tuple[Any, ...]) -> R:
+    def _record(self, row: _Row) -> R:
         key, value, status, at, crc = row[:5]
         try:
             if crc32(value) != crc:
@@ -2520,22 +2345,18 @@ class Namespace(Generic[R]):
     def _id(self, key: bytes | None) -> str:
         return (key or b"a row without a key").decode(errors="replace").removeprefix(self._prefix)
 
-    def _walk(self, sql: str, status: Any) -> Iterator[tuple[Any, ...]]:
-        wanted, last = _status_text(status), b""
+    def _walk(self, sql: str, status: Any) -> Iterator[_Row]:
+        only, last = _status_text(status), b""
         while True:
             try:
-                rows = self._store.read(
-                    sql.format(self.name), (last, wanted, wanted), most_bytes=_BATCH_BYTES
-                )
+                rows = self._store.read(sql.format(self.name), (last, only, only), most_bytes=_BATCH_BYTES)
             except DamagedError as error:
                 raise DamagedError(
                     f"{self.name}, after {_short(last.decode(errors='replace'))}: {error}"
                 ) from None
             for row in rows:
                 if row[0] <= last:  # a damaged key, which would lead the walk round in circles
-                    raise DamagedError(
-                        f"{self.name}: its index is out of order at {_short(self._id(row[0]))}"
-                    )
+                    raise DamagedError(f"{self.name}: index out of order at {_short(self._id(row[0]))}")
                 last = row[0]
                 yield row
             if not rows:
@@ -2546,18 +2367,12 @@ class _PlainNamespace(Namespace[Any]):
     """A namespace whose dataclass is known to the operator's code alone: its records are read as plain JSON objects."""
 
     def __init__(self, store: _Store, name: str) -> None:
-        super().__init__(
-            store, name, _LogEntry, key="entry_id"
-        )  # any dataclass: the walks meet _record alone
+        super().__init__(store, name, _LogEntry, key="entry_id")  # any: walks meet _record alone
 
     def _redacted(self, value: bytes) -> str:
         return value.decode()
 
-    def document_of(self, record: Any) -> dict[str, Any]:
-        """Return a record, which is a JSON object already."""
-        return cast("dict[str, Any]", record)
-
-    def _record(self, row: tuple[Any, ...]) -> Any:
+    def _record(self, row: _Row) -> Any:
         try:
             if crc32(row[1]) != row[4] or not _is_age(row[3]):
                 raise ValueError("its checksum does not match")
@@ -2568,21 +2383,17 @@ class _PlainNamespace(Namespace[Any]):
             raise DamagedError(f"{_short(key)} is damaged: it is not what was written") from None
 
 
-# ======================================================================================================================
-# Evidence: what a dispute is decided on
-# ======================================================================================================================
-
-_EVIDENCE_FIELDS = ("inputs", "outputs", "proof", "result_data")
+# ==== Evidence: what a dispute is decided on ==========================================================================
 
 
 def _evidence(log: VerificationLog) -> bytes:
     """Return the canonical JSON (sorted keys, no spaces, UTF-8) that the evidence hash is taken over."""
-    document = {name: _base64(getattr(log, name)) for name in _EVIDENCE_FIELDS}
+    document = {name: _base64(getattr(log, name)) for name in ("inputs", "outputs", "proof", "result_data")}
     document |= {"format": "agenc-evidence/1", "task_id": log.task_id, "proof_hash": log.proof_hash}
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def _bundle(task: TaskRecord | None, log: VerificationLog) -> dict[str, Any]:
+def _bundle(task: TaskRecord | None, log: VerificationLog) -> _Json:
     """Return a dispute bundle: one JSON object, byte strings in hex where they are arguments for the chain."""
     return {
         "format": "agenc-dispute/1",
@@ -2606,9 +2417,8 @@ def verify_dispute_bundle(bundle: Any, *, evidence_hash: str | None = None) -> l
     if type(bundle) is not dict or type(bundle.get("proof")) is not dict or "task" not in bundle:
         return ["bundle: it is not a JSON object that holds a task and a proof"]
     try:
-        log = _codec(VerificationLog).from_json(
-            {k: v for k, v in bundle["proof"].items() if k != "evidence_hash"}
-        )
+        given = {name: value for name, value in bundle["proof"].items() if name != "evidence_hash"}
+        log = _codec(VerificationLog).from_json(given)
     except (ValueError, TypeError, AttributeError) as error:
         return [f"proof: {error}"]
     found = []
@@ -2626,15 +2436,11 @@ def verify_dispute_bundle(bundle: Any, *, evidence_hash: str | None = None) -> l
     found += [f"{name}: it is not what the proof's evidence gives" for name in odd]
     found += [f"{_short(name)}: it is no part of a dispute bundle" for name in bundle if name not in wanted]
     if evidence_hash is not None and str(evidence_hash).lower() != log.evidence_hash:
-        found.append(
-            f"chain: the evidence hash there is {_short(evidence_hash)}, that of this evidence {log.evidence_hash}"
-        )
+        found.append(f"chain: the evidence hash there is {_short(evidence_hash)}, here {log.evidence_hash}")
     return found
 
 
-# ======================================================================================================================
-# Metrics: what this process does, and how long it takes
-# ======================================================================================================================
+# ==== Metrics: what this process does, and how long it takes ==========================================================
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -2645,7 +2451,8 @@ def _timed(method: _Method) -> _Method:
 
     @wraps(method)
     def timed(self: Any, *arguments: Any, **options: Any) -> Any:
-        latency = self._latencies.get(name) or self._latencies.setdefault(name, Latency())
+        latencies, label = self._store.latencies, self._label + name
+        latency = latencies.get(label) or latencies.setdefault(label, Latency())
         started = clock()
         try:
             return method(self, *arguments, **options)
@@ -2661,11 +2468,6 @@ def _timed(method: _Method) -> _Method:
 class _TimedNamespace(Namespace[R]):
     """A namespace of the operator's own. Ours are timed by the methods of OperatorDb, which are more than one verb each."""
 
-    def __init__(self, store: _Store, name: str, record_type: type[R], **columns: Any) -> None:
-        super().__init__(store, name, record_type, **columns)
-        self._latencies: dict[str, Latency] = {}
-        store.counted.append(self._latencies)
-
     get = _timed(Namespace.get)
     put = _timed(Namespace.put)
     update = _timed(Namespace.update)
@@ -2675,6 +2477,9 @@ class _TimedNamespace(Namespace[R]):
     prune = _timed(Namespace.prune)
 
 
+_Sample = tuple[str, dict[str, Any], float]  # what follows a metric's name, labels, value
+
+
 def _exposition(stats: DbStats) -> str:
     """Return statistics in the text format of https://prometheus.io/docs/instrumenting/exposition_formats/."""
     lines: list[str] = []
@@ -2682,18 +2487,16 @@ def _exposition(stats: DbStats) -> str:
     for plain, escaped in (("\\", "\\\\"), ("\n", "\\n"), ('"', '\\"')):
         path = path.replace(plain, escaped)
 
-    def family(
-        name: str, kind: str, says: str, samples: Iterable[tuple[str, dict[str, object], float]]
-    ) -> None:
+    def family(name: str, says: str, samples: Iterable[_Sample], kind: str = "gauge") -> None:
         lines.extend((f"# HELP operator_db_{name} {says}", f"# TYPE operator_db_{name} {kind}"))
         for suffix, labels, value in samples:
             shown = "".join(f',{label}="{text}"' for label, text in labels.items())
             lines.append(f'operator_db_{name}{suffix}{{database="{path}"{shown}}} {value}')
 
-    def by(label: str, values: dict[Any, int]) -> list[tuple[str, dict[str, object], float]]:
+    def by(label: str, values: dict[Any, int]) -> list[_Sample]:
         return [("", {label: name}, value) for name, value in values.items()]
 
-    def histogram() -> Iterator[tuple[str, dict[str, object], float]]:
+    def latencies() -> Iterator[_Sample]:
         for name, latency in stats.operations.items():
             below = list(accumulate(latency.buckets))
             for bound, count in zip((*latency.bounds, "+Inf"), below, strict=True):
@@ -2701,51 +2504,27 @@ def _exposition(stats: DbStats) -> str:
             yield "_sum", {"operation": name}, latency.seconds
             yield "_count", {"operation": name}, below[-1]
 
-    versions = {
-        "version": __version__,
-        "schema_version": stats.schema_version,
-        "sqlite_version": sqlite3.sqlite_version,
-    }
-    family("info", "gauge", "Versions of what runs; always 1.", [("", versions, 1)])
-    family("file_bytes", "gauge", "Size of each file of the database.", by("file", stats.files))
-    family("free_bytes", "gauge", "Bytes of the database file that nothing uses.", [("", {}, stats.free)])
-    family("records", "gauge", "Records in each namespace.", by("namespace", stats.records))
-    family(
-        "namespace_bytes",
-        "gauge",
-        "Bytes that each namespace and its indexes take.",
-        by("namespace", stats.bytes),
-    )
-    family("tasks", "gauge", "Tasks of each status.", by("status", stats.tasks))
-    family(
-        "unsubmitted_proofs",
-        "gauge",
-        "Proofs that are not marked as submitted.",
-        [("", {}, stats.unsubmitted_proofs)],
-    )
+    def errors() -> Iterator[_Sample]:
+        for name, latency in stats.operations.items():
+            for error, count in latency.errors.items():
+                yield "", {"operation": name, "error": error}, count
+
+    versions = {"version": __version__, "schema_version": stats.schema_version}
+    versions |= {"sqlite_version": sqlite3.sqlite_version}
+    family("info", "Versions of what runs; always 1.", [("", versions, 1)])
+    family("file_bytes", "Size of each file of the database.", by("file", stats.files))
+    family("free_bytes", "Bytes of the database file that nothing uses.", [("", {}, stats.free)])
+    family("records", "Records in each namespace.", by("namespace", stats.records))
+    family("namespace_bytes", "Bytes of each namespace and its indexes.", by("namespace", stats.bytes))
+    family("tasks", "Tasks of each status.", by("status", stats.tasks))
+    family("unsubmitted_proofs", "Proofs not marked as submitted.", [("", {}, stats.unsubmitted_proofs)])
     if stats.operations:
-        family(
-            "operation_duration_seconds",
-            "histogram",
-            "Latency of each operation of this process.",
-            histogram(),
-        )
-        family(
-            "operation_errors_total",
-            "counter",
-            "Operations of this process that raised, by error.",
-            (
-                ("", {"operation": name, "error": error}, count)
-                for name, latency in stats.operations.items()
-                for error, count in latency.errors.items()
-            ),
-        )
+        family("operation_duration_seconds", "Latency of each operation here.", latencies(), "histogram")
+        family("operation_errors_total", "Operations that raised here, by error.", errors(), "counter")
     return "\n".join(lines) + "\n"
 
 
-# ======================================================================================================================
-# OperatorDb
-# ======================================================================================================================
+# ==== OperatorDb ======================================================================================================
 
 
 def _status(value: TaskStatus | str) -> TaskStatus:
@@ -2753,14 +2532,18 @@ def _status(value: TaskStatus | str) -> TaskStatus:
     try:
         return TaskStatus(value if isinstance(value, str) else "")
     except ValueError:
-        raise InvalidRecordError(
-            f"{_short(value)} is no task status: use one of {', '.join(TaskStatus)}"
-        ) from None
+        raise InvalidRecordError(f"{_short(value)} is no task status: use {', '.join(TaskStatus)}") from None
 
 
 def _logs(session_id: str) -> tuple[str, str]:
     """Return the names of a session's two logs: of its transcript and of its commands."""
     return f"transcript:{session_id}", f"commands:{session_id}"
+
+
+def _shared(session: SessionState | _SessionRow) -> _Json:
+    """Return the fields that a session and its row have in common."""
+    names = ("session_id", "active_task_ids", "created_at", "last_active")
+    return {name: getattr(session, name) for name in names}
 
 
 def _moved(task: TaskRecord, status: TaskStatus, signature: str | None, at: int | None) -> TaskRecord:
@@ -2807,45 +2590,31 @@ class OperatorDb:
     and StorageError, and one that writes also ConflictError (another's block) and NewerSchemaError.
     """
 
+    _label = ""  # before the names of its operations
+
     def __init__(
-        self,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        read_only: bool = False,
-        durable: bool = True,
-        timeout: float = 30.0,
+        self, path: _Path | None = None, *, read_only: bool = False, durable: bool = True, timeout: float = 30
     ) -> None:
         if not (type(timeout) in (int, float) and 0 <= timeout < threading.TIMEOUT_MAX):
             raise InvalidRecordError(f"timeout must be a number of seconds, 0 or more; got {_short(timeout)}")
         self._temporary: weakref.finalize[..., OperatorDb] | None = None
         if (path or os.environ.get("AGENC_DB_PATH")) == ":memory:":
             path = self._make_temporary()
-        self._store = _Store(_database_path(path), read_only=read_only, durable=durable, timeout=timeout)
-        self._tasks = Namespace(
-            self._store, "tasks", TaskRecord, key="task_id", status="status", at="age_from"
-        )
-        log = self._log = Namespace(
-            self._store, "session_log", _LogEntry, key="entry_id", status="log", at="seq"
-        )
-        self._sessions = Namespace(
-            self._store,
-            "sessions",
-            _SessionRow,
-            key="session_id",
-            at="last_active",
-            on_delete=lambda session_id: [log.clear(each) for each in _logs(session_id)],
-        )
+        store = _Store(_database_path(path), read_only=read_only, durable=durable, timeout=timeout)
+        self._store = store
+        self._tasks = Namespace(store, "tasks", TaskRecord, key="task_id", status="status", at="age_from")
+        log = self._log = Namespace(store, "session_log", _LogEntry, key="entry_id", status="log", at="seq")
+        self._sessions = Namespace(store, "sessions", _SessionRow, key="session_id", at="last_active")
+        self._sessions.on_delete = lambda session_id: [log.clear(each) for each in _logs(session_id)]
         self._proofs = Namespace(
-            self._store, "proofs", VerificationLog, key="task_id", status="submitted", at="timestamp"
+            store, "proofs", VerificationLog, key="task_id", status="submitted", at="timestamp"
         )
-        self._config = Namespace(self._store, "config", OperatorConfig, key="operator_id")
+        self._config = Namespace(store, "config", OperatorConfig, key="operator_id")
         ours: list[Namespace[Any]] = [self._tasks, self._sessions, self._log, self._proofs, self._config]
         self._namespaces = {each.name: each for each in ours}
-        self._latencies: dict[str, Latency] = {}
-        self._store.counted.append(self._latencies)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str] | None = None, **options: Any) -> OperatorDb:
+    def open(cls, path: _Path | None = None, **options: Any) -> OperatorDb:
         """Return OperatorDb(path, **options), under the prototype's name for it."""
         return cls(path, **options)
 
@@ -2947,12 +2716,9 @@ class OperatorDb:
                 task.history[:] = stored.history + later
             if task.completed_at is None:
                 task.completed_at = stored.completed_at
-        last = task.history[-1] if task.history else None
-        if last is None or (last.status, last.signature or task.on_chain_signature) != (
-            task.status,
-            task.on_chain_signature,
-        ):
-            task.history.append(StatusChange(status=task.status, signature=task.on_chain_signature))
+        last, signature = task.history[-1] if task.history else None, task.on_chain_signature
+        if last is None or (last.status, last.signature or signature) != (task.status, signature):
+            task.history.append(StatusChange(status=task.status, signature=signature))
             if task.status == TaskStatus.COMPLETED and task.completed_at is None:
                 task.completed_at = task.history[-1].at
             return True
@@ -2979,9 +2745,8 @@ class OperatorDb:
         self, status: TaskStatus | str | None = None, *, limit: int | None = None, newest_first: bool = False
     ) -> list[TaskRecord]:
         """Return the tasks of a status, or of any, by age (completion, or, lacking it, claim), oldest first."""
-        return self._tasks.list(
-            None if status is None else _status(status), limit=limit, newest_first=newest_first
-        )
+        wanted = None if status is None else _status(status)
+        return self._tasks.list(wanted, limit=limit, newest_first=newest_first)
 
     @_timed
     def list_tasks_by_status(self, status: TaskStatus | str) -> list[TaskRecord]:
@@ -3031,15 +2796,10 @@ class OperatorDb:
 
         def change(task: TaskRecord) -> TaskRecord:
             if task.status not in (*_OPEN, TaskStatus.COMPLETED):
-                raise ConflictError(
-                    f"tasks:{_short(task_id)} is {task.status}: it cannot be completed any more"
-                )
+                raise ConflictError(f"tasks:{_short(task_id)} is {task.status}: it cannot be completed now")
             self.store_proof(proof)
-            return (
-                task
-                if task.status == TaskStatus.COMPLETED
-                else _moved(task, TaskStatus.COMPLETED, signature, None)
-            )
+            done = task.status == TaskStatus.COMPLETED
+            return task if done else _moved(task, TaskStatus.COMPLETED, signature, None)
 
         if isinstance(proof, VerificationLog) and proof.task_id != task_id:
             raise ConflictError(f"the proof is for task {_short(proof.task_id)}, not for {_short(task_id)}")
@@ -3056,30 +2816,17 @@ class OperatorDb:
         """
         _codec(SessionState).check(session)
         name, said, commands = session.session_id, session.transcript, session.command_history
+        (spoken, ordered), at = _logs(name), session.last_active
         with self.transaction():
             row = self._sessions.get(name)
             stored = self._with_log(row) if row else SessionState(session_id=name)
             known, given = len(stored.transcript), len(stored.command_history)
             if said[:known] != stored.transcript or commands[:given] != stored.command_history:
-                raise ConflictError(
-                    f"sessions:{_short(name)} has entries that the given log lacks: read it again"
-                )
-            self._append(
-                f"transcript:{name}", known, [(e.content, e.role, e.timestamp) for e in said[known:]]
-            )
-            self._append(
-                f"commands:{name}", given, [(c, None, session.last_active) for c in commands[given:]]
-            )
-            self._sessions.put(
-                _SessionRow(
-                    session_id=name,
-                    active_task_ids=session.active_task_ids,
-                    created_at=session.created_at,
-                    last_active=session.last_active,
-                    transcript_entries=len(said),
-                    commands=len(commands),
-                )
-            )
+                raise ConflictError(f"sessions:{_short(name)} has entries the given log lacks: read it again")
+            self._append(spoken, known, [(e.content, e.role, e.timestamp) for e in said[known:]])
+            self._append(ordered, given, [(command, None, at) for command in commands[given:]])
+            row = _SessionRow(**_shared(session), transcript_entries=len(said), commands=len(commands))
+            self._sessions.put(row)
 
     @_timed
     def get_session(self, session_id: str) -> SessionState | None:
@@ -3104,15 +2851,14 @@ class OperatorDb:
         self, session_id: str, role: str, content: str, *, timestamp: int | None = None
     ) -> None:
         """Add an utterance to a session, which is created when there is none; costs the same however long the log is."""
-        entry = TranscriptEntry(
-            role=role, content=content, timestamp=_now() if timestamp is None else timestamp
-        )
-        words = (entry.content, entry.role, entry.timestamp)
+        at = _now() if timestamp is None else timestamp
+        TranscriptEntry(role=role, content=content, timestamp=at)  # checks them
 
         def add(row: _SessionRow) -> None:
-            row.transcript_entries = self._append(f"transcript:{session_id}", row.transcript_entries, [words])
+            log, words = _logs(session_id)[0], (content, role, at)
+            row.transcript_entries = self._append(log, row.transcript_entries, [words])
 
-        self._touch(session_id, entry.timestamp, add)
+        self._touch(session_id, at, add)
 
     @_timed
     def append_command(self, session_id: str, command: str, *, timestamp: int | None = None) -> None:
@@ -3120,7 +2866,7 @@ class OperatorDb:
         at = _now() if timestamp is None else timestamp
 
         def add(row: _SessionRow) -> None:
-            row.commands = self._append(f"commands:{session_id}", row.commands, [(command, None, at)])
+            row.commands = self._append(_logs(session_id)[1], row.commands, [(command, None, at)])
 
         self._touch(session_id, at, add)
 
@@ -3168,9 +2914,7 @@ class OperatorDb:
         for place, (content, role, timestamp) in enumerate(entries, seq):
             entry = _LogEntry(log=log, seq=place, content=content, role=role, timestamp=timestamp)
             if not self._log.put(entry, if_absent=True):
-                raise DamagedError(
-                    f"session_log:{_short(log)} has more entries than its session knows: run check()"
-                )
+                raise DamagedError(f"session_log:{_short(log)} is longer than its session knows: run check()")
         return seq + len(entries)
 
     def _entries(self, log: str, count: int, last: int | None = None) -> list[_LogEntry]:
@@ -3178,26 +2922,16 @@ class OperatorDb:
         entries = self._log.list(log, limit=last, newest_first=True)[::-1]
         first = 0 if last is None else max(0, count - last)
         if [entry.seq for entry in entries] != [*range(first, count)]:
-            raise DamagedError(
-                f"session_log:{_short(log)} lacks entries: delete the session, or restore a backup"
-            )
+            raise DamagedError(f"session_log:{_short(log)} is short: delete the session, or restore a backup")
         return entries
 
     def _transcript(self, row: _SessionRow, last: int | None = None) -> list[TranscriptEntry]:
-        return [
-            TranscriptEntry(role=entry.role or "", content=entry.content, timestamp=entry.timestamp)
-            for entry in self._entries(f"transcript:{row.session_id}", row.transcript_entries, last)
-        ]
+        said = self._entries(_logs(row.session_id)[0], row.transcript_entries, last)
+        return [TranscriptEntry(role=e.role or "", content=e.content, timestamp=e.timestamp) for e in said]
 
     def _with_log(self, row: _SessionRow) -> SessionState:
-        return SessionState(
-            session_id=row.session_id,
-            transcript=self._transcript(row),
-            command_history=[e.content for e in self._entries(f"commands:{row.session_id}", row.commands)],
-            active_task_ids=row.active_task_ids,
-            created_at=row.created_at,
-            last_active=row.last_active,
-        )
+        commands = [entry.content for entry in self._entries(_logs(row.session_id)[1], row.commands)]
+        return SessionState(**_shared(row), transcript=self._transcript(row), command_history=commands)
 
     # ---- proofs
 
@@ -3217,10 +2951,8 @@ class OperatorDb:
                 stored = self._proofs.salvage(log.task_id)
                 self._proofs.put(stored or log)  # what cannot be read is no evidence
             if stored is not None and stored.evidence_hash != log.evidence_hash:
-                raise ConflictError(
-                    f"proofs:{_short(log.task_id)} holds other evidence ({stored.evidence_hash}) than was given"
-                    f" ({log.evidence_hash}); a proof is never overwritten"
-                )
+                hashes = f"{stored.evidence_hash} is stored, {log.evidence_hash} was given"
+                raise ConflictError(f"proofs:{_short(log.task_id)} is never overwritten: {hashes}")
             return stored is None
 
     @_timed
@@ -3245,18 +2977,12 @@ class OperatorDb:
         cannot be read can always be deleted.
         """
         with self.transaction():
-            if self._proof_is_needed(task_id):
-                raise ConflictError(
-                    f"proofs:{_short(task_id)} is not submitted, or its task is not settled: it may be needed"
-                )
+            log = None
+            with suppress(DamagedError, InvalidRecordError):  # what cannot be read can only be deleted
+                log = self._proofs.salvage(task_id)
+            if log is not None and (not log.submitted or self._task_is_unsettled(task_id)):
+                raise ConflictError(f"proofs:{_short(task_id)} is not submitted, or its task is not settled")
             return self._proofs.delete(task_id)
-
-    def _proof_is_needed(self, task_id: str) -> bool:
-        try:
-            log = self._proofs.salvage(task_id)
-        except (DamagedError, InvalidRecordError):  # it can only be deleted
-            return False
-        return log is not None and (not log.submitted or self._task_is_unsettled(task_id))
 
     def _task_is_unsettled(self, task_id: str) -> bool:
         task = self._tasks.get(task_id)
@@ -3277,7 +3003,7 @@ class OperatorDb:
         return self._proofs.update(task_id, change)
 
     @_timed
-    def dispute_bundle(self, task_id: str) -> dict[str, Any]:
+    def dispute_bundle(self, task_id: str) -> _Json:
         """Return what a dispute over a task needs, as one JSON object, for `verify_dispute_bundle`; raises NotFoundError."""
         with self._store.snapshot():
             log = self._proofs.get(task_id)
@@ -3321,29 +3047,20 @@ class OperatorDb:
         before = self._store.size()
         if not dry_run:
             self._store.checkpoint()  # what the WAL holds already would be needed twice
-        tasks = sessions = proofs = 0
-        if task_days is not None:
-            tasks = self._tasks.prune(
-                task_days, status=TaskStatus.COMPLETED, dry_run=dry_run, progress=progress
-            )
-        if session_days is not None:
-            told = progress and partial(_tell, progress, tasks, 0)
-            sessions = self._sessions.prune(session_days, dry_run=dry_run, progress=told)
-        if proof_days is not None:
-            told = progress and partial(_tell, progress, tasks + sessions, 0)
-            proofs = self._proofs.prune(
-                proof_days, status=True, keep=self._task_is_unsettled, dry_run=dry_run, progress=told
-            )
+        removed: list[int] = []
+        for kind, days, options in (
+            (self._tasks, task_days, {"status": TaskStatus.COMPLETED}),
+            (self._sessions, session_days, {}),
+            (self._proofs, proof_days, {"status": True, "keep": self._task_is_unsettled}),
+        ):
+            told = progress and partial(_tell, progress, sum(removed), 0)
+            prune: Callable[..., int] = cast(Namespace[Any], kind).prune
+            removed.append(0 if days is None else prune(days, dry_run=dry_run, progress=told, **options))
         if not dry_run:
             self._store.give_back_pages()
-        return PruneReport(
-            tasks=tasks,
-            sessions=sessions,
-            proofs=proofs,
-            bytes_before=before,
-            bytes_after=self._store.size(),
-            dry_run=dry_run,
-        )
+        sizes = {"bytes_before": before, "bytes_after": self._store.size()}
+        tasks, sessions, proofs = removed
+        return PruneReport(tasks=tasks, sessions=sessions, proofs=proofs, dry_run=dry_run, **sizes)
 
     @_timed
     def check(self, *, progress: Progress | None = None) -> list[str]:
@@ -3368,8 +3085,8 @@ class OperatorDb:
 
     def _others(self) -> list[Namespace[Any]]:
         """Return every namespace of the operator's own that the file holds, as plain JSON where its dataclass is not known."""
-        names = self._store.other_tables()
-        return [self._namespaces.get(name) or _PlainNamespace(self._store, name) for name in names]
+        store = self._store
+        return [self._namespaces.get(name) or _PlainNamespace(store, name) for name in store.other_tables()]
 
     @_timed
     def stats(self) -> DbStats:
@@ -3377,18 +3094,11 @@ class OperatorDb:
         with self._store.snapshot():
             tables = self._store.table_bytes()
             kept = [*(self._namespaces[name] for name in _OUR_TABLES), *self._others()]
-            operations = self._latencies.copy()
-            for own in self._namespaces.values():
-                if isinstance(own, _TimedNamespace):
-                    operations |= {f"{own.name}.{verb}": each for verb, each in own._latencies.copy().items()}
+            operations = self._store.latencies.copy()
             return DbStats(
                 path=self.path,
                 schema_version=len(_MIGRATIONS),
-                files={
-                    "database": _size(self.path),
-                    "wal": _size(self.path + "-wal"),
-                    "shm": _size(self.path + "-shm"),
-                },
+                files={name: _size(self.path + end) for name, end in _FILES.items()},
                 free=self._store.free_bytes(),
                 records={namespace.name: namespace.count() for namespace in kept},
                 bytes={namespace.name: tables.get(namespace.name, 0) for namespace in kept},
@@ -3401,7 +3111,7 @@ class OperatorDb:
         """Return `stats` in Prometheus's text format: names begin with `operator_db_`, the label `database` is the path."""
         return _exposition(self.stats())
 
-    def write_metrics(self, path: str | os.PathLike[str]) -> None:
+    def write_metrics(self, path: _Path) -> None:
         """Write `prometheus()` to a file, replaced as a whole, for node_exporter's textfile collector (a name in `.prom`).
 
         Others may read it (mode 0644), for node_exporter is another user.
@@ -3412,13 +3122,7 @@ class OperatorDb:
     # ---- transfer
 
     @_timed
-    def export(
-        self,
-        file: _Place,
-        *,
-        include_secrets: bool = False,
-        progress: Progress | None = None,
-    ) -> None:
+    def export(self, file: _File, *, include_secrets: bool = False, progress: Progress | None = None) -> None:
         """Write every record as JSON Lines, from one snapshot, in constant memory: a header, then one record a line.
 
         `file` is a path, whose file is private and is replaced as a whole at the end or not at all, or a stream, text or
@@ -3429,7 +3133,7 @@ class OperatorDb:
         _export(self, file, include_secrets, progress)
 
     @_timed
-    def import_(self, file: _Place, *, progress: Progress | None = None) -> dict[str, Counter[str]]:
+    def import_(self, file: _File, *, progress: Progress | None = None) -> dict[str, Counter[str]]:
         """Store what `export`, or the prototype's `agenc-db export --format json`, wrote: all of it, or nothing.
 
         Returns for each namespace how many records were `added`, `replaced` and `unchanged`, and, of the prototype's proofs,
@@ -3441,13 +3145,7 @@ class OperatorDb:
         return _import(self, file, progress)
 
     @_timed
-    def backup(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        overwrite: bool = False,
-        progress: Progress | None = None,
-    ) -> None:
+    def backup(self, path: _Path, *, overwrite: bool = False, progress: Progress | None = None) -> None:
         """Write a copy of one state of the database, while others read and write; it holds every secret that this one does.
 
         The copy is private, is checked as by `check()`, and then appears at `path` whole. Raises StorageError for a file that
@@ -3467,7 +3165,7 @@ class OperatorDb:
             _sync_directory(target)
 
     @_timed
-    def restore(self, path: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
+    def restore(self, path: _Path, *, progress: Progress | None = None) -> None:
         """Replace everything in this database by what a backup holds, as one transaction, once the backup has been checked.
 
         Other threads and processes that have the database open go on with the new content; namespaces that are here and not
@@ -3522,10 +3220,8 @@ class OperatorDb:
             for session_id in self._sessions.keys():  # noqa: SIM118  a namespace is not iterable itself
                 logs = _logs(session_id)
                 known.update(logs)
-                with (
-                    suppress(DamagedError, InvalidRecordError),
-                    self._store.snapshot(),
-                ):  # reported by its namespace
+                # what is damaged was reported by its namespace
+                with suppress(DamagedError, InvalidRecordError), self._store.snapshot():
                     row = self._sessions.get(session_id)
                     counts = (row.transcript_entries, row.commands) if row else ()
                     for log, count in zip(logs, counts, strict=False):
@@ -3538,17 +3234,10 @@ class OperatorDb:
             yield f"session_log: {error}"
 
 
-# ======================================================================================================================
-# Transfer: export, import, backup
-# ======================================================================================================================
+# ==== Transfer: export, import, backup ================================================================================
 
 _EXPORT_FORMAT = "operator_db/1"
-_EXPORTED: dict[str, type] = {
-    "config": OperatorConfig,
-    "tasks": TaskRecord,
-    "sessions": SessionState,
-    "proofs": VerificationLog,
-}
+_EXPORTED = ("config", "tasks", "sessions", "proofs")
 _LONGEST_LINE = 2**31  # bytes; a record is at most 1,000,000,000 in the database
 _PROTOTYPE_FIELDS = {"exported_at", "stats", "config", "tasks", "sessions"}
 _PROTOTYPE_TASK = {f.name for f in fields(TaskRecord)} - {"history"}
@@ -3570,9 +3259,7 @@ def _refuse_over(path: str, overwrite: bool) -> None:
     """Raise an error where a new file would replace what is no plain file, a live database, or anything unasked."""
     _refuse_open(path)
     if os.path.lexists(path + "-wal"):
-        raise StorageError(
-            f"{path}-wal is there: {path} is an open database, or was not closed; choose another name"
-        )
+        raise StorageError(f"{path}-wal is there: the database is open or was not closed; choose another")
     if os.path.lexists(path) and not os.path.isfile(path):
         raise StorageError(f"{path} is no regular file, and is not replaced by one")
     if os.path.lexists(path) and not overwrite:
@@ -3591,19 +3278,14 @@ def _appear(temporary: str, path: str) -> None:
 
 
 @contextmanager
-def _output(file: _Place, mode: int = 0o600) -> Iterator[IO[bytes]]:
-    """Give a file to write. A path gets it at the end, whole or not at all; a stream, or what is no plain file, then gets it
-    sent, so that a slow reader holds nothing up.
-    """
+def _output(file: _File, mode: int = 0o600) -> Iterator[IO[bytes]]:
+    """Give a file to write. At the end a path gets it whole; a stream, or no plain file, is sent it, slow as it may be."""
     import tempfile
 
     if not isinstance(file, (str, bytes, os.PathLike)):
-        with _file_errors("cannot make a temporary file"):
-            made = tempfile.TemporaryFile()  # noqa: SIM115
-        with made as spool:
-            with _file_errors("cannot write a temporary file"):
-                yield spool
-                spool.seek(0)
+        with _file_errors("cannot write a temporary file"), tempfile.TemporaryFile() as spool:
+            yield spool
+            spool.seek(0)
             _send(spool, file)
         return
     path, given = _real_path(file), os.path.expanduser(os.fsdecode(file))
@@ -3642,19 +3324,13 @@ def _send(spool: IO[bytes], stream: Any) -> None:
         raise StorageError(f"the stream cannot be written: {error}") from error
 
 
-def _export(db: OperatorDb, file: _Place, include_secrets: bool, progress: Progress | None) -> None:
+def _export(db: OperatorDb, file: _File, include_secrets: bool, progress: Progress | None) -> None:
     with _output(file) as out, db._store.snapshot():
         kinds: list[Namespace[Any]] = [*(db._namespaces[name] for name in _EXPORTED), *db._others()]
         counts = {kind.name: kind.count() for kind in kinds}
-        header = {
-            "format": _EXPORT_FORMAT,
-            "schema_version": len(_MIGRATIONS),
-            "exported_at": _now(),
-            "withheld": {}
-            if include_secrets
-            else {kind.name: sorted(kind.secrets) for kind in kinds if kind.secrets},
-            "records": counts,
-        }
+        withheld = {kind.name: sorted(kind._codec.secrets) for kind in kinds if kind._codec.secrets}
+        header: _Json = {"format": _EXPORT_FORMAT, "schema_version": len(_MIGRATIONS), "exported_at": _now()}
+        header |= {"withheld": {} if include_secrets else withheld, "records": counts}
         out.write(_encode_json(header).encode() + b"\n")
         done, total = 0, sum(counts.values())
         for kind in kinds:
@@ -3669,11 +3345,8 @@ def _export(db: OperatorDb, file: _Place, include_secrets: bool, progress: Progr
 def _session_lines(db: OperatorDb) -> Iterator[str]:
     """Walk the sessions as lines of an export, each with its log."""
     for row in db._sessions.values():
-        yield f'{{"namespace":"sessions","record":{_session_text(db._with_log(row))}}}\n'
-
-
-def _session_text(session: SessionState) -> str:
-    return _encode_json(_codec(SessionState).to_json(session))
+        text = _encode_json(_codec(SessionState).to_json(db._with_log(row)))
+        yield f'{{"namespace":"sessions","record":{text}}}\n'
 
 
 @contextmanager
@@ -3687,7 +3360,7 @@ def _naming(where: str) -> Iterator[None]:
         raise InvalidRecordError(f"{where}: {error}") from None
 
 
-def _json_object(text: bytes) -> dict[str, Any]:
+def _json_object(text: bytes) -> _Json:
     """Return the JSON object that a text holds; raise ValueError, which does not show the text, where there is none."""
     try:
         document = json.loads(text.decode(), parse_constant=_refuse_constant)
@@ -3702,7 +3375,7 @@ def _json_object(text: bytes) -> dict[str, Any]:
     return document
 
 
-def _lines(file: _Place) -> Iterator[bytes]:
+def _lines(file: _File) -> Iterator[bytes]:
     """Read the lines of a path or of a stream, text or binary."""
     if isinstance(file, (str, bytes, os.PathLike)):
         _refuse_open(_real_path(file))
@@ -3719,11 +3392,11 @@ def _lines(file: _Place) -> Iterator[bytes]:
         raise StorageError(f"the stream cannot be read: {error}") from None
 
 
-def _entries(file: _Place, counts: dict[str, Counter[str]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _entries(file: _File, counts: dict[str, Counter[str]]) -> Iterator[tuple[str, _Json]]:
     """Read an export, ours or the prototype's, as pairs of a place in the input and a line as we write it."""
     lines = _lines(file)
     first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")
-    header: dict[str, Any] = {}
+    header: _Json = {}
     with suppress(ValueError):
         header = _json_object(first)
     if "format" in header:
@@ -3736,7 +3409,7 @@ def _entries(file: _Place, counts: dict[str, Counter[str]]) -> Iterator[tuple[st
     yield from _prototype_entries(document, counts)
 
 
-def _our_entries(header: dict[str, Any], lines: Iterator[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _our_entries(header: _Json, lines: Iterator[bytes]) -> Iterator[tuple[str, _Json]]:
     with _naming("line 1"):
         version, wanted, withheld = (header.get(name) for name in ("schema_version", "records", "withheld"))
         if header["format"] != _EXPORT_FORMAT or type(version) is not int or version > len(_MIGRATIONS):
@@ -3763,9 +3436,7 @@ def _our_entries(header: dict[str, Any], lines: Iterator[bytes]) -> Iterator[tup
             )
 
 
-def _prototype_entries(
-    document: dict[str, Any], counts: dict[str, Counter[str]]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _prototype_entries(document: _Json, counts: dict[str, Counter[str]]) -> Iterator[tuple[str, _Json]]:
     """Read what `agenc-db export --format json` writes: bytes as arrays of numbers, `rpc_url`, no history, no proofs."""
     with _naming("the input"):
         unknown = sorted(document.keys() - _PROTOTYPE_FIELDS)
@@ -3778,9 +3449,7 @@ def _prototype_entries(
             raise ValueError("tasks and sessions must be JSON arrays")
         for name, found in (("total_tasks", tasks), ("total_sessions", sessions)):
             if stats.get(name, len(found)) != len(found):
-                raise ValueError(
-                    f"stats.{name} is {_short(stats[name])}, it holds {len(found)}: it is not whole"
-                )
+                raise ValueError(f"stats.{name} is {_short(stats[name])}, it holds {len(found)}: not whole")
         if left_behind := _check_count("stats.total_proofs", stats.get("total_proofs", 0)):
             counts["proofs"]["left_behind"] = left_behind
     if document.get("config") is not None:
@@ -3806,7 +3475,7 @@ def _prototype_entries(
         yield f"sessions[{place}]", {"namespace": "sessions", "record": session, "withheld": []}
 
 
-def _import(db: OperatorDb, file: _Place, progress: Progress | None) -> dict[str, Counter[str]]:
+def _import(db: OperatorDb, file: _File, progress: Progress | None) -> dict[str, Counter[str]]:
     import tempfile
 
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -3835,7 +3504,7 @@ def _import(db: OperatorDb, file: _Place, progress: Progress | None) -> dict[str
     return dict(counts)
 
 
-def _kind_of(db: OperatorDb, entry: dict[str, Any]) -> Namespace[Any]:
+def _kind_of(db: OperatorDb, entry: _Json) -> Namespace[Any]:
     """Return the namespace of a line; raise ValueError for a line that is not shaped as ours are."""
     name = entry.get("namespace")
     if not isinstance(name, str) or not (name in _EXPORTED or _is_namespace_name(name)):
@@ -3846,7 +3515,7 @@ def _kind_of(db: OperatorDb, entry: dict[str, Any]) -> Namespace[Any]:
     return db._namespaces.get(name) or _PlainNamespace(db._store, name)
 
 
-def _row_of_entry(db: OperatorDb, entry: dict[str, Any]) -> tuple[Any, ...] | None:
+def _row_of_entry(db: OperatorDb, entry: _Json) -> _Row | None:
     """Check a line, and return the row that it is where nothing is stored yet; None where that has to be looked at."""
     kind = _kind_of(db, entry)
     if kind.name == "sessions":
@@ -3861,40 +3530,39 @@ def _row_of_entry(db: OperatorDb, entry: dict[str, Any]) -> tuple[Any, ...] | No
     return None
 
 
-def _filled(
-    kind: Namespace[Any], entry: dict[str, Any], withheld: list[str], held: dict[str, Any]
-) -> dict[str, Any]:
+def _filled(kind: Namespace[Any], entry: _Json, withheld: list[str], held: _Json) -> _Json:
     """Return a line's record with what is held, or else its defaults, for what it withholds."""
     given = {name: value for name, value in entry["record"].items() if name not in withheld}
     kept = {name: held[name] for name in withheld if name in held}
-    return given | kind.defaults(withheld) | kept
+    known = not isinstance(kind, _PlainNamespace)  # the record's class, and so its defaults
+    return given | (kind._codec.defaults(withheld) if known else {}) | kept
 
 
-def _full_row(kind: Namespace[Any], entry: dict[str, Any]) -> tuple[Any, ...]:
+def _full_row(kind: Namespace[Any], entry: _Json) -> _Row:
     """Return the row of a line that withholds nothing; one of the operator's own namespaces is stored as it was written."""
     document = entry["record"]
     if kind.name in _EXPORTED:
-        record = kind.record_of(document)
-        _refuse_unlike(kind.name, document, kind.document_of(record))
+        record = kind._codec.from_json(dict(document))
+        _refuse_unlike(kind.name, document, kind._codec.to_json(record))
         if isinstance(record, TaskRecord) and OperatorDb._settle(record):
             raise ValueError("its history does not end with its status and its signature")
         return kind.row_of(record)
     row = kind.row_as_written(entry["key"], entry["status"], entry["at"], document)
     if not isinstance(kind, _PlainNamespace):
-        of_record = kind.row_of(kind.record_of(document))
+        of_record = kind.row_of(kind._codec.from_json(dict(document)))
         if (of_record[0], *of_record[2:4]) != (row[0], *row[2:4]):
             raise ValueError(f"its key, status and age are not those of its record: {_short(of_record[0])}")
     return row
 
 
-def _session_of(entry: dict[str, Any]) -> SessionState:
+def _session_of(entry: _Json) -> SessionState:
     document, codec = entry["record"], _codec(SessionState)
     session = codec.from_json(dict(document))
     _refuse_unlike("sessions", document, codec.to_json(session))
     return session
 
 
-def _refuse_unlike(name: str, document: dict[str, Any], made: dict[str, Any]) -> None:
+def _refuse_unlike(name: str, document: _Json, made: _Json) -> None:
     """Raise ValueError when a JSON object has a field that the record made of it lacks, or lacks one that this has."""
     if unknown := _first_lost(document, made):
         raise ValueError(f"{name}{unknown} is not known")
@@ -3915,9 +3583,9 @@ def _first_lost(given: Any, kept: Any) -> str:
     return missing or next((place + lost for place, *pair in deeper if (lost := _first_lost(*pair))), "")
 
 
-def _withheld(kind: Namespace[Any], entry: dict[str, Any]) -> list[str]:
+def _withheld(kind: Namespace[Any], entry: _Json) -> list[str]:
     """Return the fields that a line does not say: those written as `***`, and of the configuration also absent ones."""
-    document, known = entry["record"], kind.secrets or entry["withheld"]
+    document, known = entry["record"], kind._codec.secrets or entry["withheld"]
     withheld = []
     for name in known:
         with _naming(f"{kind.name}.{name}"):
@@ -3939,7 +3607,7 @@ def _is_redacted(value: Any, *, within: bool = False) -> bool:
     return False
 
 
-def _take(db: OperatorDb, kind: Namespace[Any], entry: dict[str, Any]) -> str:
+def _take(db: OperatorDb, kind: Namespace[Any], entry: _Json) -> str:
     """Store a checked line where something may be stored already; return `added`, `replaced` or `unchanged`."""
     if kind.name == "sessions":
         return _take_session(db, _session_of(entry))
@@ -3947,12 +3615,10 @@ def _take(db: OperatorDb, kind: Namespace[Any], entry: dict[str, Any]) -> str:
     if withheld:
         # a damaged record raises: what it holds is not given up for ***
         stored = kind.get(entry.get("key", OperatorConfig.operator_id))
-        held = {} if stored is None else kind.document_of(stored)
-        entry["record"] = _filled(kind, entry, withheld, held)
+        held = stored if stored is None or type(stored) is dict else kind._codec.to_json(stored)
+        entry["record"] = _filled(kind, entry, withheld, held or {})
         if lacking := sorted(set(withheld) - entry["record"].keys()):
-            raise ValueError(
-                f"{kind.name}.{lacking[0]} is {_REDACTED}, and nothing is stored that could be kept"
-            )
+            raise ValueError(f"{kind.name}.{lacking[0]} is {_REDACTED}, and nothing is stored to keep")
     row = _full_row(kind, entry)
     if kind.name == "tasks":
         return _take_task(db, kind, row)
@@ -3961,19 +3627,16 @@ def _take(db: OperatorDb, kind: Namespace[Any], entry: dict[str, Any]) -> str:
     return kind.replace_row(row)
 
 
-def _take_task(db: OperatorDb, kind: Namespace[Any], row: tuple[Any, ...]) -> str:
-    task, stored = kind.record_of(json.loads(row[1])), None
+def _take_task(db: OperatorDb, kind: Namespace[Any], row: _Row) -> str:
+    task, stored = kind._codec.from_json(json.loads(row[1])), None
     with suppress(DamagedError):
         stored = kind.get(task.task_id)
     if stored is not None:
         known = len(task.history)
         goes_on = stored.history[:known] == task.history and len(stored.history) > known
         diverged = task.history[: len(stored.history)] != stored.history
-        if (
-            goes_on
-            or kind.row_of(stored) == row
-            or (diverged and stored.history[-1].at >= task.history[-1].at)
-        ):
+        later = diverged and stored.history[-1].at >= task.history[-1].at
+        if goes_on or later or kind.row_of(stored) == row:
             return "unchanged"
     db.store_task(task)
     return "replaced"
@@ -3991,24 +3654,17 @@ def _take_session(db: OperatorDb, session: SessionState) -> str:
     return "replaced" if stored else "added"
 
 
-def _take_proof(db: OperatorDb, kind: Namespace[Any], row: tuple[Any, ...]) -> str:
-    log = kind.record_of(json.loads(row[1]))
+def _take_proof(db: OperatorDb, kind: Namespace[Any], row: _Row) -> str:
+    log = kind._codec.from_json(json.loads(row[1]))
     if db.store_proof(log):
         return "replaced"  # one that could not be read
     stored = cast(VerificationLog, kind.get(log.task_id))
-    if (stored.submitted, stored.submission_signature or log.submission_signature) == (
-        log.submitted or stored.submitted,
-        stored.submission_signature,
-    ):
-        return "unchanged"
     signature = stored.submission_signature or log.submission_signature
-    kind.put(replace(stored, submitted=True, submission_signature=signature))
-    return "replaced"
+    merged = replace(stored, submitted=stored.submitted or log.submitted, submission_signature=signature)
+    return "unchanged" if merged == stored else kind.replace_row(kind.row_of(merged))
 
 
-# ======================================================================================================================
-# Self-check: the promises of this module, kept before your eyes on a scratch database
-# ======================================================================================================================
+# ==== Self-check: the promises of this module, kept before your eyes on a scratch database ============================
 
 
 def _expect(holds: object, what: str) -> None:
@@ -4094,10 +3750,11 @@ def _promise_prune(path: str) -> None:
     with OperatorDb(path, durable=False) as db:
         with db.transaction():
             for number in range(200):
-                status = TaskStatus.COMPLETED if number else TaskStatus.DISPUTED
-                db.store_task(
-                    TaskRecord(task_id=str(number), payload=bytes(4096), status=status, claimed_at=0)
+                status = "completed" if number else "disputed"
+                task = TaskRecord(
+                    task_id=str(number), payload=bytes(4096), status=TaskStatus(status), claimed_at=0
                 )
+                db.store_task(task)
         _expect(db.prune(dry_run=True).tasks == 199, "a dry run counts the same")
         report = db.prune()
         _expect((report.tasks, db.stats().records["tasks"]) == (199, 1), "only what is completed goes")
@@ -4133,17 +3790,12 @@ def _promise_damage(path: str) -> None:
     with OperatorDb(path) as db:
         said = _refused(DamagedError, lambda: db.get_task("hurt"))
         _expect("tasks:hurt" in said, "the error names the key")
-        _expect(
-            db.get_task("whole") and len(db.check()) == 1, "the rest is read, and check() finds the damage"
-        )
+        _expect(db.get_task("whole") and len(db.check()) == 1, "the rest is read, check() finds the damage")
 
 
 def _promise_foreign_files(path: str) -> None:
-    for content, word in (
-        (_REDB_MAGIC + bytes(1000), "redb"),
-        (b"text" * 200, "not an SQLite"),
-        (b"x", "1 bytes"),
-    ):
+    foreign = {"redb": _REDB_MAGIC + bytes(1000), "not an SQLite": b"text" * 200, "1 bytes": b"x"}
+    for word, content in foreign.items():
         with open(path, "wb") as file:
             file.write(content)
         _expect(word in _refused(ForeignFileError, lambda: OperatorDb(path)), f"the error says {word}")
@@ -4207,27 +3859,21 @@ if hasattr(os, "fork"):
     _PROMISES["files are private from their first byte, and fork() is safe"] = _promise_fork
 
 
-def _tried() -> Iterator[tuple[str, str]]:
-    """Try every promise on a scratch database; yield each with what broke it, empty when it held."""
+def self_check(db_path: _Path | None = None, *, as_json: bool = False) -> bool:
+    """Try the promises, then look for problems in the operator's own database; print both, return whether all is well."""
     import tempfile
 
+    broken: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="operator_db-") as directory:
         for number, (sentence, promise) in enumerate(_PROMISES.items()):
+            line = f"ok    {sentence}"
             try:
                 promise(os.path.join(directory, f"{number}.db"))
             except Exception as error:
-                yield sentence, f"{type(error).__name__}: {error}"
-            else:
-                yield sentence, ""
-
-
-def self_check(db_path: str | os.PathLike[str] | None = None, *, as_json: bool = False) -> bool:
-    """Try the promises, then look for problems in the operator's own database; print both, return whether all is well."""
-    broken: dict[str, str] = {}
-    for sentence, error in _tried():
-        broken |= {sentence: error} if error else {}
-        if not as_json:
-            print(f"FAIL  {sentence}\n      {_shown(error)}" if error else f"ok    {sentence}", flush=True)
+                broken[sentence] = f"{type(error).__name__}: {error}"
+                line = f"FAIL  {sentence}\n      {_shown(broken[sentence])}"
+            if not as_json:
+                print(line, flush=True)
     path, found, problems = _database_path(db_path), "no database yet; the first OperatorDb() creates it", []
     try:
         if _is_there(path):
@@ -4240,9 +3886,8 @@ def self_check(db_path: str | os.PathLike[str] | None = None, *, as_json: bool =
     versions = f"operator_db {__version__}, SQLite {sqlite3.sqlite_version}"
     if as_json:
         promises = {sentence: broken.get(sentence) for sentence in _PROMISES}
-        _print_json(
-            {"versions": versions, "promises": promises, "path": path, "found": found, "problems": problems}
-        )
+        told = {"versions": versions, "promises": promises, "path": path, "found": found}
+        _print_json({**told, "problems": problems})
     else:
         print(f"{len(_PROMISES) - len(broken)} of {len(_PROMISES)} promises held ({versions})")
         for line in (f"{path}: {found}", *(f"      {problem}" for problem in problems)):
@@ -4250,9 +3895,7 @@ def self_check(db_path: str | os.PathLike[str] | None = None, *, as_json: bool =
     return not broken and not problems
 
 
-# ======================================================================================================================
-# Command line
-# ======================================================================================================================
+# ==== Command line ====================================================================================================
 
 _ABOUT = """\
 Look after the database of an AgenC operator. Without a command: try the promises of this module on a scratch database, then
@@ -4279,12 +3922,10 @@ def _print_json(value: Any, indent: int | None = 2) -> None:
 
 def _size_text(size: int) -> str:
     """Return a size in bytes as people read it."""
-    amount = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:,.1f} TiB"
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size >= 2**power:
+            return f"{size / 2**power:,.1f} {unit}"
+    return f"{size} B"
 
 
 def _time_text(at: int) -> str:
@@ -4351,12 +3992,11 @@ def _print_table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
 
 
 def _print_bars(title: str, numbers: dict[str, int], text: Callable[[int], str]) -> None:
-    """Print numbers, each with a bar of its length."""
+    """Print numbers, each with a bar of its length, below an empty line."""
+    print()
     most = max(numbers.values(), default=0) or 1
     block = "█" if _shown("█") == "█" else "#"
-    bars = (
-        (name, text(number).rjust(10), block * -(-number * 24 // most)) for name, number in numbers.items()
-    )
+    bars = ((name, text(n).rjust(10), block * -(-n * 24 // most)) for name, n in numbers.items())
     _print_table((title, "", ""), bars)
 
 
@@ -4370,7 +4010,7 @@ def _print_records(options: Any, records: list[Any], **columns: Callable[[Any], 
     return 0
 
 
-def _print_facts(options: Any, facts: dict[str, Any], text: str) -> int:
+def _print_facts(options: Any, facts: _Json, text: str) -> int:
     """Print facts as JSON, or in words."""
     if options.json:
         _print_json(facts)
@@ -4403,22 +4043,16 @@ def _progress(label: str) -> Iterator[Progress | None]:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-class _Command(NamedTuple):
-    """One command: what runs it, whether it reads, writes, creates or needs no database, and the names of its arguments."""
-
-    run: Callable[[Any, Any], int]
-    opens: str
-    arguments: tuple[str, ...]
+_Run = Callable[[Any, Any], int]
+_COMMANDS: dict[str, tuple[_Run, str, tuple[str, ...]]] = {}
+"""By name: what runs it, whether it reads, writes, creates or needs no database, and the names of its arguments."""
 
 
-_COMMANDS: dict[str, _Command] = {}
-
-
-def _command(opens: str, *arguments: str) -> Callable[[Callable[[Any, Any], int]], Callable[[Any, Any], int]]:
+def _command(opens: str, *arguments: str) -> Callable[[_Run], _Run]:
     """Make a function a command of its name; its docstring is the help: what it does, more of that, and an example."""
 
-    def register(run: Callable[[Any, Any], int]) -> Callable[[Any, Any], int]:
-        _COMMANDS[run.__name__.strip("_").replace("_", "-")] = _Command(run, opens, arguments)
+    def register(run: _Run) -> _Run:
+        _COMMANDS[run.__name__.strip("_").replace("_", "-")] = run, opens, arguments
         return run
 
     return register
@@ -4447,17 +4081,11 @@ def _stats(db: OperatorDb, options: Any) -> int:
         _print_json({name: value for name, value in vars(stats).items() if name != "operations"})
         return 0
     files = ", ".join(f"{name} {_size_text(stats.files[name])}" for name in ("database", "wal"))
-    facts = [
-        ("files", files),
-        ("unused", _size_text(stats.free)),
-        ("unsubmitted proofs", f"{stats.unsubmitted_proofs:,}"),
-    ]
+    waiting = f"{stats.unsubmitted_proofs:,}"
+    facts = (("files", files), ("unused", _size_text(stats.free)), ("unsubmitted proofs", waiting))
     _print_table(("database", stats.path), facts)
-    print()
     _print_bars("tasks by status", {str(name): count for name, count in stats.tasks.items()}, "{:,}".format)
-    print()
     _print_bars("records by namespace", stats.records, "{:,}".format)
-    print()
     _print_bars("bytes by namespace", stats.bytes, _size_text)
     return 0
 
@@ -4733,13 +4361,13 @@ def _options(argv: list[str] | None) -> Any:
     def wrapped(text: str) -> str:
         return "\n\n".join(fill(" ".join(part.split()), width) for part in text.split("\n\n"))
 
-    days = kind(float, lambda v: 0 <= v < 10**9, "a number of days")
+    days = {"metavar": "DAYS", "type": kind(float, lambda v: 0 <= v < 10**9, "a number of days")}
     status = kind(TaskStatus, bool, f"a status: {', '.join(TaskStatus)}")
     count = kind(int, lambda v: 0 <= v < 2**63, "a number of records")
     key = kind(str, lambda v: ":" in v, "a key: NAMESPACE:ID")
-    hexadecimal = kind(lambda v: v.lower().removeprefix("0x"), _HASH.holds, "64 hex digits, not all zero")
+    digits = kind(lambda v: v.lower().removeprefix("0x"), _HASH.holds, "64 hex digits, not all zero")
     flag = {"action": "store_true"}
-    arguments: dict[str, dict[str, Any]] = {
+    arguments: dict[str, _Json] = {
         "--prometheus": {**flag, "help": "print Prometheus's text format"},
         "-o": {"metavar": "FILE", "help": "write to FILE, replaced as a whole, instead of standard output"},
         "--status": {"metavar": "S", "type": status, "help": f"only those: {', '.join(TaskStatus)}"},
@@ -4747,40 +4375,22 @@ def _options(argv: list[str] | None) -> Any:
         "--newest-first": {**flag, "help": "the newest first"},
         "--unsubmitted": {**flag, "help": "only those that are not marked as submitted"},
         "--include-secrets": {**flag, "help": "write keypairs and RPC endpoints too"},
-        "--older-than": {
-            "metavar": "DAYS",
-            "type": days,
-            "default": 30,
-            "help": "tasks older than that (30)",
-        },
-        "--session-days": {
-            "metavar": "DAYS",
-            "type": days,
-            "default": 90,
-            "help": "sessions idle for longer (90)",
-        },
-        "--proof-days": {
-            "metavar": "DAYS",
-            "type": days,
-            "help": "submitted proofs older than that (keep all)",
-        },
+        "--older-than": {**days, "default": 30, "help": "tasks older than that (30)"},
+        "--session-days": {**days, "default": 90, "help": "sessions idle for longer (90)"},
+        "--proof-days": {**days, "help": "submitted proofs older than that (keep all)"},
         "--dry-run": {**flag, "help": "count, and change nothing"},
         "--overwrite": {**flag, "help": "replace DEST if it is there"},
-        "--evidence-hash": {
-            "metavar": "HEX",
-            "type": hexadecimal,
-            "help": "the hash on chain, 64 hex digits",
-        },
+        "--evidence-hash": {"metavar": "HEX", "type": digits, "help": "the hash on chain, 64 hex digits"},
         "KEY": {"type": key, "help": "NAMESPACE:ID"},
         "FILE": {"help": "a file, - for standard input"},
     }
-    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    shape: _Json = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--db-path", metavar="PATH", help="the database file")
     common.add_argument("--json", action="store_true", help="print the same facts for programs")
     helps = {
-        name: [part.strip() for part in (command.run.__doc__ or f"{name}\n\n\n\n").split("\n\n")]
-        for name, command in _COMMANDS.items()
+        name: [part.strip() for part in (run.__doc__ or f"{name}\n\n\n\n").split("\n\n")]
+        for name, (run, _, _) in _COMMANDS.items()
     }
     listed = "\n".join(
         fill(f"  {name:13}  {says}", width, subsequent_indent=" " * 17)
@@ -4805,8 +4415,8 @@ def _options(argv: list[str] | None) -> Any:
             epilog=f"example:\n  python operator_db.py {example}",
             **shape,
         )
-        for argument in _COMMANDS[name].arguments:
-            place: dict[str, Any] = {"metavar": argument} if argument.isupper() else {}
+        for argument in _COMMANDS[name][2]:
+            place: _Json = {"metavar": argument} if argument.isupper() else {}
             one.add_argument(argument.lower(), **place, **arguments.get(argument, {}))
     return parser.parse_args(argv, argparse.Namespace(db_path=None, json=False))
 
@@ -4815,25 +4425,23 @@ def _run(options: Any) -> int:
     """Do what the command line says, and return the exit status."""
     if options.command is None:
         return 0 if self_check(options.db_path, as_json=options.json) else 1
-    command = _COMMANDS[options.command]
-    if command.opens == "nothing":
-        return command.run(None, options)
+    run, opens, _ = _COMMANDS[options.command]
+    if opens == "nothing":
+        return run(None, options)
     path = _database_path(options.db_path)
     if _is_there(path):
-        looks = command.opens == "read" or getattr(options, "dry_run", False)
-        if not looks and not os.access(
-            path, os.W_OK
-        ):  # SQLite would leave files of ours beside another's database
+        looks = opens == "read" or getattr(options, "dry_run", False)
+        if not looks and not os.access(path, os.W_OK):  # SQLite would leave files beside another's
             raise StorageError(f"{path} may not be written by you")
         with OperatorDb(path, read_only=looks) as db:
-            return command.run(db, options)
-    if command.opens != "create":
+            return run(db, options)
+    if opens != "create":
         raise StorageError(f"{path}: there is no database; the operator makes it, or import, or restore")
     with _file_errors(f"cannot create {path}"):
         _make_private_directory(os.path.dirname(path))
         with _new_file(path) as temporary:  # what fails leaves no database behind
             with OperatorDb(temporary) as db:
-                status = command.run(db, options)
+                status = run(db, options)
             _appear(temporary, path)
         _sync_directory(path)
     return status
