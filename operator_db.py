@@ -796,10 +796,11 @@ _CREATE_TABLE = (
 _CREATE_INDEX = 'CREATE INDEX "{0}_status_at" ON "{0}"(status, at)'
 _FILES = {"database": "", "wal": "-wal", "shm": "-shm"}  # what a database consists of
 _OUR_TABLES = ("tasks", "sessions", "session_log", "proofs", "config")
-# Bytes of write-ahead log at which a writer checkpoints. SQLite's automatic checkpoint does so without the write lock, and
-# before 3.51.3 a commit that begins the log anew meanwhile can be lost (https://www.sqlite.org/wal.html#walresetbug);
-# one that truncates takes the write lock where it can.
-_WAL_LIMIT = 4 * 2**20
+# SQLite's automatic checkpoint runs without the write lock, and before 3.51.3 a commit that begins the log anew meanwhile can
+# be lost (https://www.sqlite.org/wal.html#walresetbug). Ours take the write lock where they can: FULL and TRUNCATE do.
+_CHECKPOINT_EVERY = 4 * 2**20  # bytes that were written to the write-ahead log, about
+_WAL_LIMIT = 16 * 2**20  # bytes of a write-ahead log that is cut
+_PAGES_A_WRITE = 4  # of the table and its indexes
 _BATCH_PAGES = 500  # given back to the file system at a time
 _LET_IN = 0.002  # seconds between the batches of long work: others look for the lock every millisecond
 _FIRST_READ = "SELECT 1 FROM sqlite_master LIMIT 1"  # BEGIN alone takes no snapshot
@@ -1360,6 +1361,7 @@ class _Store:
         self._local = threading.local()  # of each thread, the lease by which it finds its reader again
         self._writer: _Connection | None = None
         self._wal: tuple[int, int] | None = None
+        self._logged = 0  # bytes since the last checkpoint, about
         self._closing: _Lease | None = None  # while it is alive, work in flight ends and none begins
 
     # ---- opening
@@ -1554,6 +1556,7 @@ class _Store:
 
         Every single write of this module passes here.
         """
+        self._logged += _PAGES_A_WRITE * 4096 + (len(parameters[1]) if len(parameters) > 1 else 0)
         lease = self._mine()
         if lease is not None and lease.writes:
             return self._usable(lease).change(sql, parameters)
@@ -1627,10 +1630,13 @@ class _Store:
 
     def _committed(self, connection: _Connection, began: float) -> None:
         """Make sure of what was committed, cut a WAL that has grown too long, and let others in after a long block."""
-        # steady readers keep SQLite from beginning the WAL anew
-        if self._check_file(": the last write is lost") > _WAL_LIMIT:
+        size = self._check_file(": the last write is lost")
+        if size > _WAL_LIMIT or self._logged > _CHECKPOINT_EVERY:
+            self._logged = 0
+            # steady readers keep SQLite from beginning the WAL anew; cut every time, it would cost each sync more
+            mode = "TRUNCATE" if size > _WAL_LIMIT else "FULL"
             with suppress(OperatorDbError):  # the block is committed, whatever comes of this
-                connection.query("PRAGMA wal_checkpoint(TRUNCATE)")
+                connection.query(f"PRAGMA wal_checkpoint({mode})")
         if time.monotonic() - began > 0.01:
             time.sleep(_LET_IN)
 
@@ -2040,7 +2046,7 @@ class Namespace(Generic[R]):
     def put(self, record: R, *, if_absent: bool = False) -> bool:
         """Store the record over the one with its id; with `if_absent`, only where there is none. Return whether stored."""
         sql = self._put_new if if_absent else self._put_over
-        return self._store.write(sql, self.row_of(record)) > 0
+        return self._store.write(sql, self._row_of(record)) > 0
 
     def update(self, record_id: str, change: Callable[[R], R]) -> R:
         """Read, call `change(record)`, and store what it returns, as one transaction; return what is stored now.
@@ -2052,9 +2058,9 @@ class Namespace(Generic[R]):
             record = self.get(record_id)
             if record is None:
                 raise NotFoundError(f"there is no {_short(self._prefix + record_id)}")
-            before = self.row_of(record)
+            before = self._row_of(record)
             record = change(record)
-            after = self.row_of(record)
+            after = self._row_of(record)
             if after[0] != before[0]:
                 raise InvalidRecordError(f"{_short(before[0])}: update gave another id, {_short(after[0])}")
             if after != before:
@@ -2072,7 +2078,7 @@ class Namespace(Generic[R]):
             self.on_delete(record_id)
             return self._store.write(_DELETE.format(self.name), (key,)) > 0
 
-    def salvage(self, record_id: str) -> R | None:
+    def _salvage(self, record_id: str) -> R | None:
         """Return the record that the value alone holds, whatever the columns beside it say; None when it holds none."""
         for _, value, _, _, crc in self._store.read(self._get, (self._prefix + _check_id(record_id),)):
             with suppress(ValueError, TypeError):
@@ -2127,7 +2133,7 @@ class Namespace(Generic[R]):
         for row in self._walk(_WALK, status):
             yield self._id(row[0]), self._record(row)
 
-    def lines(self, *, secrets: bool) -> Iterator[str]:
+    def _export_lines(self, *, secrets: bool) -> Iterator[str]:
         """Walk the records as lines of an export: with id, status and age beside them where no upstream schema gives those."""
         for row in self._walk(_WALK, None):
             self._record(row)  # proves it whole
@@ -2206,11 +2212,11 @@ class Namespace(Generic[R]):
             return value.decode()
         return _encode_json(self._codec.redacted(json.loads(value)))
 
-    def put_row(self, row: builtins.list[Any]) -> bool:
-        """Store a row that `row_of` made, unless there is one with its key; return whether it was stored."""
+    def _put_row(self, row: builtins.list[Any]) -> bool:
+        """Store a row that `_row_of` made, unless there is one with its key; return whether it was stored."""
         return self._store.write(self._put_new, tuple(row)) > 0
 
-    def row_as_written(
+    def _row_as_written(
         self, record_id: Any, status: Any, at: Any, document: _Json
     ) -> tuple[str, str, str | None, int | None, int]:
         """Return the row of a JSON object, with the columns that the operator's code took from it, once all are checked."""
@@ -2219,9 +2225,9 @@ class Namespace(Generic[R]):
         text = _encode_json(document)
         return self._prefix + _check_id(record_id), text, status, at, crc32(text.encode())
 
-    def replace_row(self, row: _Row) -> str:
-        """Store a row that `row_of` made over one with its key; return `added`, `replaced` or `unchanged`."""
-        if self.put_row([*row]):
+    def _replace_row(self, row: _Row) -> str:
+        """Store a row that `_row_of` made over one with its key; return `added`, `replaced` or `unchanged`."""
+        if self._put_row([*row]):
             return "added"
         wanted = tuple(each.encode() if isinstance(each, str) else each for each in row)
         with suppress(DamagedError):
@@ -2305,7 +2311,7 @@ class Namespace(Generic[R]):
 
     # ---- rows
 
-    def row_of(self, record: R) -> tuple[str, str, str | None, int | None, int]:
+    def _row_of(self, record: R) -> tuple[str, str, str | None, int | None, int]:
         """Check a record and return the row that it is stored as."""
         value = self._codec.encode(record)
         try:
@@ -2717,12 +2723,13 @@ class OperatorDb:
             if task.completed_at is None:
                 task.completed_at = stored.completed_at
         last, signature = task.history[-1] if task.history else None, task.on_chain_signature
-        if last is None or (last.status, last.signature or signature) != (task.status, signature):
+        grows = last is None or (last.status, last.signature or signature) != (task.status, signature)
+        if grows:
             task.history.append(StatusChange(status=task.status, signature=signature))
-            if task.status == TaskStatus.COMPLETED and task.completed_at is None:
-                task.completed_at = task.history[-1].at
-            return True
-        return False
+        moved = grows or (stored is not None and stored.status in _OPEN)
+        if moved and task.status == TaskStatus.COMPLETED and task.completed_at is None:
+            task.completed_at = task.history[-1].at
+        return grows
 
     @_timed
     def get_task(self, task_id: str) -> TaskRecord | None:
@@ -2948,7 +2955,7 @@ class OperatorDb:
             try:
                 stored = self._proofs.get(log.task_id)
             except DamagedError:
-                stored = self._proofs.salvage(log.task_id)
+                stored = self._proofs._salvage(log.task_id)
                 self._proofs.put(stored or log)  # what cannot be read is no evidence
             if stored is not None and stored.evidence_hash != log.evidence_hash:
                 hashes = f"{stored.evidence_hash} is stored, {log.evidence_hash} was given"
@@ -2979,7 +2986,7 @@ class OperatorDb:
         with self.transaction():
             log = None
             with suppress(DamagedError, InvalidRecordError):  # what cannot be read can only be deleted
-                log = self._proofs.salvage(task_id)
+                log = self._proofs._salvage(task_id)
             if log is not None and (not log.submitted or self._task_is_unsettled(task_id)):
                 raise ConflictError(f"proofs:{_short(task_id)} is not submitted, or its task is not settled")
             return self._proofs.delete(task_id)
@@ -3271,7 +3278,7 @@ def _appear(temporary: str, path: str) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        _refuse_over(path, overwrite=False)
+        raise StorageError(f"{path} is there already: choose another name, or overwrite it") from None
     except OSError:  # no hard links here (Android, FAT)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
         os.replace(temporary, path)
@@ -3334,7 +3341,9 @@ def _export(db: OperatorDb, file: _File, include_secrets: bool, progress: Progre
         out.write(_encode_json(header).encode() + b"\n")
         done, total = 0, sum(counts.values())
         for kind in kinds:
-            lines = _session_lines(db) if kind.name == "sessions" else kind.lines(secrets=include_secrets)
+            lines = (
+                _session_lines(db) if kind.name == "sessions" else kind._export_lines(secrets=include_secrets)
+            )
             for line in lines:
                 out.write(line.encode())
                 done += 1
@@ -3497,7 +3506,7 @@ def _import(db: OperatorDb, file: _File, progress: Progress | None) -> dict[str,
                     kind = _kind_of(db, entry)
                     if kind.name not in counts:
                         db._store.ensure_table(kind.name)
-                    added = row is not None and kind.put_row(row)
+                    added = row is not None and kind._put_row(row)
                     counts[kind.name]["added" if added else _take(db, kind, entry)] += 1
                 if progress is not None:
                     progress(done, total)
@@ -3546,10 +3555,10 @@ def _full_row(kind: Namespace[Any], entry: _Json) -> _Row:
         _refuse_unlike(kind.name, document, kind._codec.to_json(record))
         if isinstance(record, TaskRecord) and OperatorDb._settle(record):
             raise ValueError("its history does not end with its status and its signature")
-        return kind.row_of(record)
-    row = kind.row_as_written(entry["key"], entry["status"], entry["at"], document)
+        return kind._row_of(record)
+    row = kind._row_as_written(entry["key"], entry["status"], entry["at"], document)
     if not isinstance(kind, _PlainNamespace):
-        of_record = kind.row_of(kind._codec.from_json(dict(document)))
+        of_record = kind._row_of(kind._codec.from_json(dict(document)))
         if (of_record[0], *of_record[2:4]) != (row[0], *row[2:4]):
             raise ValueError(f"its key, status and age are not those of its record: {_short(of_record[0])}")
     return row
@@ -3624,7 +3633,7 @@ def _take(db: OperatorDb, kind: Namespace[Any], entry: _Json) -> str:
         return _take_task(db, kind, row)
     if kind.name == "proofs":
         return _take_proof(db, kind, row)
-    return kind.replace_row(row)
+    return kind._replace_row(row)
 
 
 def _take_task(db: OperatorDb, kind: Namespace[Any], row: _Row) -> str:
@@ -3636,7 +3645,7 @@ def _take_task(db: OperatorDb, kind: Namespace[Any], row: _Row) -> str:
         goes_on = stored.history[:known] == task.history and len(stored.history) > known
         diverged = task.history[: len(stored.history)] != stored.history
         later = diverged and stored.history[-1].at >= task.history[-1].at
-        if goes_on or later or kind.row_of(stored) == row:
+        if goes_on or later or kind._row_of(stored) == row:
             return "unchanged"
     db.store_task(task)
     return "replaced"
@@ -3661,7 +3670,7 @@ def _take_proof(db: OperatorDb, kind: Namespace[Any], row: _Row) -> str:
     stored = cast(VerificationLog, kind.get(log.task_id))
     signature = stored.submission_signature or log.submission_signature
     merged = replace(stored, submitted=stored.submitted or log.submitted, submission_signature=signature)
-    return "unchanged" if merged == stored else kind.replace_row(kind.row_of(merged))
+    return "unchanged" if merged == stored else kind._replace_row(kind._row_of(merged))
 
 
 # ==== Self-check: the promises of this module, kept before your eyes on a scratch database ============================

@@ -994,6 +994,14 @@ class ATask(Scratch):
             db.store_task(stored)
         self.assertEqual(db.get_task("t"), stored)
 
+    def test_stored_as_completed_over_an_open_one_is_stamped(self) -> None:
+        db = self.open()
+        db.store_task(TaskRecord(task_id="t", claimed_at=1))
+        db.store_task(TaskRecord(task_id="t", claimed_at=9, status=TaskStatus.COMPLETED))
+        task = db.get_task("t")
+        assert task is not None
+        self.assertEqual((task.completed_at, task.history[-1].at), (9, 9))
+
     def test_is_completed_with_its_proof_or_not_at_all(self) -> None:
         db = self.open()
         proof = VerificationLog(task_id="t", outputs=b"out")
@@ -5755,6 +5763,22 @@ class AnImportedRecord(TransferCase):
                 self.assertFalse([line for line in withheld if SECRET.encode() in line], "it was a secret")
 
 
+class AnImportedSecret(TransferCase):
+    def test_of_a_class_that_is_not_known_is_never_made_up(self) -> None:
+        @dataclass
+        class Voice:
+            name: str
+            role: str = field(default="secret role", metadata={"secret": True})
+
+        with OperatorDb(self.path) as db, OperatorDb(self.other) as other:
+            voices = db.namespace("voices", Voice, key="name")
+            voices.put(Voice("v"))
+            db.export(self.file)
+            self.refused(InvalidRecordError, lambda: other.import_(self.file), "voices.role")
+            db.namespace("voices", Voice, key="name").put(Voice("w"))
+            self.assertEqual(db.stats().operations["voices.put"].count, 2)
+
+
 class AnImportedHistory(TransferCase):
     def task(self, *moves: tuple[str, int]) -> TaskRecord:
         """Return a task that was claimed, and then went through these statuses."""
@@ -6069,7 +6093,7 @@ class AReplicatorBesideIt(Scratch):
             replicator.stdin.write("\n")
             replicator.stdin.flush()
         put(db, "last")
-        self.assertLessEqual(os.stat(self.path + "-wal").st_size, 4 * 2**20)
+        self.assertLessEqual(os.stat(self.path + "-wal").st_size, 16 * 2**20)
         self.assertEqual((db.count_tasks()["claimed"], db.check()), (102, []))
         with self.raw() as raw:
             self.assertEqual(raw.execute("SELECT seq FROM _litestream_seq").fetchall(), [(1,)])
