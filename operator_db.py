@@ -3315,6 +3315,8 @@ def _send(spool: IO[bytes], stream: Any) -> None:
     """Write a file to a stream, all of it: an unbuffered one may take less than it is given."""
     binary = getattr(stream, "buffer", stream)  # that of sys.stdout, whose encoding may be anything
     try:
+        if binary is not stream:
+            stream.flush()  # what was printed before
         if isinstance(binary, TextIOBase):
             binary.writelines(line.decode() for line in spool)
         else:

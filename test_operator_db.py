@@ -5594,6 +5594,16 @@ class TheOtherEnd(TransferCase):
         self.assertEqual(len(self.names()), 5)
 
 
+class AStreamThatWasPrintedTo(TransferCase):
+    def test_gets_the_export_after_what_was_printed(self) -> None:
+        out = BytesIO()
+        stream = TextIOWrapper(out, encoding="ascii")
+        with OperatorDb(self.path) as db:
+            print("first", file=stream)
+            db.export(stream)
+        self.assertTrue(out.getvalue().startswith(b'first\n{"format"'))
+
+
 class ABackupThatIsNotWhatItSeems(TransferCase):
     def setUp(self) -> None:
         super().setUp()
