@@ -1704,7 +1704,7 @@ class _Store:
         """Return the tables that operators' own namespaces made."""
         rows = self.read("SELECT name, sql FROM sqlite_master WHERE type = 'table' ORDER BY name")
         made = _CREATE_TABLE.encode()
-        names = [name.decode(errors="replace") for name, sql in rows if sql == made.replace(b"{0}", name)]
+        names = [each.decode(errors="replace") for each, sql in rows if sql == made.replace(b"{0}", each)]
         return [name for name in names if _is_namespace_name(name)]
 
     def integrity_problems(self) -> Iterator[str]:
@@ -3877,14 +3877,14 @@ def self_check(db_path: _Path | None = None, *, as_json: bool = False) -> bool:
     broken: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="operator_db-") as directory:
         for number, (sentence, promise) in enumerate(_PROMISES.items()):
-            line = f"ok    {sentence}"
+            outcome = f"ok    {sentence}"
             try:
                 promise(os.path.join(directory, f"{number}.db"))
             except Exception as error:
                 broken[sentence] = f"{type(error).__name__}: {error}"
-                line = f"FAIL  {sentence}\n      {_shown(broken[sentence])}"
+                outcome = f"FAIL  {sentence}\n      {_shown(broken[sentence])}"
             if not as_json:
-                print(line, flush=True)
+                print(outcome, flush=True)
     path, found, problems = _database_path(db_path), "no database yet; the first OperatorDb() creates it", []
     try:
         if _is_there(path):
