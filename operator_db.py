@@ -45,7 +45,7 @@ from enum import Enum, StrEnum
 from functools import partial, wraps
 from heapq import merge
 from io import RawIOBase, TextIOBase
-from itertools import accumulate, islice
+from itertools import accumulate, islice, takewhile
 from operator import attrgetter
 from typing import IO, Annotated, Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar, cast
 from zlib import crc32
@@ -838,8 +838,10 @@ class _Connection(sqlite3.Connection):
         """Execute one statement and return its rows, or its first ones until their values exceed `most_bytes`."""
         while True:
             try:
-                cursor = self.execute(sql, parameters)
-                return cursor.fetchall() if most_bytes is None else _first_rows(cursor, most_bytes)
+                # No frame holds a cursor: kept by an interrupt's traceback, it would pin its snapshot and the WAL.
+                if most_bytes is None:
+                    return self.execute(sql, parameters).fetchall()
+                return [*takewhile(_within(most_bytes), self.execute(sql, parameters))]
             except _SQLITE_ERRORS as error:
                 deadline = self._wait_or_raise(error, deadline)
 
@@ -872,15 +874,16 @@ class _Connection(sqlite3.Connection):
 _SQLITE_ERRORS = (sqlite3.Error, OverflowError, UnicodeError)
 
 
-def _first_rows(cursor: sqlite3.Cursor, most_bytes: int) -> list[_Row]:
-    rows = []
-    for row in cursor:
-        rows.append(row)
+def _within(most_bytes: int) -> Callable[[_Row], bool]:
+    """Return what says of one row after another whether those before it left room for more bytes."""
+
+    def has_room(row: _Row) -> bool:
+        nonlocal most_bytes
+        room = most_bytes >= 0
         most_bytes -= sum(len(column) for column in row if isinstance(column, bytes))
-        if most_bytes < 0:
-            break
-    cursor.close()  # an unfinished cursor pins the write-ahead log, which then grows without bound
-    return rows
+        return room
+
+    return has_room
 
 
 def _typed(error: Exception, path: str) -> OperatorDbError:
@@ -1277,9 +1280,10 @@ class _Leave:
 
     def __get__(self, block: _Block | None, owner: object) -> Any:
         if block is None:  # contextlib.ExitStack looks methods up on the class
-            return lambda block, *error: _leave_block(weakref.ref(block.generator), *error)
-        leave: Any = partial(_leave_block, weakref.ref(block.generator))
-        leave.generator = block.generator  # the one strong reference: it goes when the statement is left
+            return lambda block, *error: _leave_block(block.generator, *error)
+        leave: Any = partial(_leave_block, block.generator)
+        # the one strong reference: it goes when the statement is left, though the block be kept in a variable
+        leave.generator, block.strong = block.strong, None
         return leave
 
 
@@ -1292,16 +1296,18 @@ class _Block:
     """
 
     def __init__(self, generator: Generator[Any, None, None]) -> None:
-        self.generator = generator
+        self.strong: Generator[Any, None, None] | None = generator
+        self.generator = weakref.ref(generator)
 
     def __enter__(self) -> Any:
-        generator = self.generator
+        generator = self.generator()
         try:
-            return next(generator)
+            return next(generator or iter(()))
         except StopIteration:
             raise ConflictError("this block has been used: call transaction() for each") from None
         except BaseException:
-            generator.close()
+            if generator is not None:
+                generator.close()
             raise
 
     __exit__ = _Leave()
@@ -1319,6 +1325,8 @@ def _leave_block(block: Any, kind: object, error: BaseException | None, tracebac
         # a StopIteration that passes through a generator comes out as the cause of a RuntimeError
         if raised is not error and raised.__cause__ is not error:
             raise
+    finally:
+        del error, traceback  # which holds this frame: a cycle would keep what the block used for long
     return False
 
 
@@ -1431,7 +1439,7 @@ class _Store:
     def _mine(self) -> _Lease | None:
         """Return the lease of the block that this very thread and context opened, if there is one."""
         lease = self._current.get()
-        if lease is None or lease.token is None:
+        if lease is None or lease.token is None or lease.thread != threading.get_ident():
             return None
         # A token resets only in the context that made it: the one way to ask whether this is that context.
         try:
@@ -1465,9 +1473,13 @@ class _Store:
             raise ConflictError("a worker or task begun inside a transaction cannot write until that ends")
         thread = threading.get_ident()
         with self._mutex:
-            waiting = any(lease.thread == thread and lease.alive.locked() for lease in self._queue)
+            # a copy, in one call into C: a signal handler that writes would change the queue beneath a loop
+            waiting = any(lease.thread == thread and lease.alive.locked() for lease in tuple(self._queue))
         if waiting:
-            raise ConflictError("a transaction of another coroutine is open here: a block must not await")
+            raise ConflictError(
+                "this thread is in a transaction, of another coroutine (a block must not await) or of what a signal"
+                " handler interrupted"
+            )
 
     def _is_paused(self) -> bool:
         """Whether new work has to wait for a fork or for close()."""
@@ -1493,7 +1505,8 @@ class _Store:
             works = self._is_paused() and _is_at_work()
             if time.monotonic() >= lease.deadline:
                 raise BusyError(f"{self.path} was in use by other threads for {self.timeout:g} s; try again")
-            lease.turn.acquire(timeout=0.001 * max(1, place))
+            left = lease.deadline - time.monotonic()
+            lease.turn.acquire(timeout=max(0.0, min(0.001 * max(1, place), left)))
 
     def _call_next(self) -> None:
         """Let the first that waits look at once whether its turn has come."""
@@ -1630,13 +1643,17 @@ class _Store:
 
     def _committed(self, connection: _Connection, began: float) -> None:
         """Make sure of what was committed, cut a WAL that has grown too long, and let others in after a long block."""
-        size = self._check_file(": the last write is lost")
-        if size > _WAL_LIMIT or self._logged > _CHECKPOINT_EVERY:
-            self._logged = 0
-            # steady readers keep SQLite from beginning the WAL anew; cut every time, it would cost each sync more
-            mode = "TRUNCATE" if size > _WAL_LIMIT else "FULL"
+        size, due = self._check_file(": the last write is lost"), self._logged > _CHECKPOINT_EVERY
+        if size > _WAL_LIMIT or due:
             with suppress(OperatorDbError):  # the block is committed, whatever comes of this
-                connection.query(f"PRAGMA wal_checkpoint({mode})")
+                if size <= _WAL_LIMIT:
+                    connection.query("PRAGMA wal_checkpoint(FULL)")
+                else:  # cut every time, it would cost each sync more
+                    # steady readers keep SQLite from beginning the log anew, unless they are waited for now and then
+                    connection.query(f"PRAGMA busy_timeout={100 if due else 0}")
+                    connection.query("PRAGMA wal_checkpoint(TRUNCATE)")
+                    connection.query("PRAGMA busy_timeout=0")
+            self._logged = 0
         if time.monotonic() - began > 0.01:
             time.sleep(_LET_IN)
 

@@ -1971,6 +1971,37 @@ class AnInterrupt(Scratch):
             other.store_task(TaskRecord(task_id="t"))
         self.assertEqual((len(kept), db.transcript("s")), (2, []))
 
+    def test_of_a_block_that_is_kept_in_a_variable_undoes_it_too(self) -> None:
+        db, other = self.open(), self.open(timeout=0.5)
+        block = db.transaction()
+        kept: list[BaseException] = []
+        try:
+            with self.landing_in("_leave_block"), block:
+                put(db, "undone")
+        except KeyboardInterrupt as error:
+            kept.append(error)
+        put(db, "kept")
+        put(other, "of another")
+        self.assertEqual((len(kept), ids(other)), (1, ["kept", "of another"]))
+        with self.assertRaises(ConflictError), block:
+            pass
+
+    def test_in_the_midst_of_a_walk_or_a_prune_leaves_no_old_snapshot_behind(self) -> None:
+        db, other, kept = self.open(), self.open(), []
+        for number in range(3):
+            put(db, str(number), status=TaskStatus.COMPLETED, claimed_at=0)
+        for work in (lambda: list(db.iter_tasks()), db.prune):
+            with mock.patch("operator_db._within", lambda _: mock.Mock(side_effect=KeyboardInterrupt)):
+                try:
+                    work()
+                except KeyboardInterrupt as error:
+                    kept.append(error)
+            name = f"written later {len(kept)}"
+            put(other, name)
+            self.assertIsNotNone(db.get_task(name))
+            put(db, name, description="and again")
+        self.assertEqual(len(kept), 2)
+
     def test_wherever_it_lands_loses_nothing_and_leaves_no_lock_held(self) -> None:
         for function in (
             "_begin",
@@ -2151,6 +2182,34 @@ class Blocks(Scratch):
         worker.join()
         self.assertIsNotNone(db.get_task("t"))
         self.assertLess(time.monotonic() - started, 5)
+
+    def test_are_their_threads_own_even_when_its_context_is_shared(self) -> None:
+        db = self.open()
+        context, block = contextvars.copy_context(), db.transaction()
+        context.run(block.__enter__)
+
+        def write() -> None:
+            with self.assertRaises(ConflictError):
+                context.run(put, db, "b")
+
+        in_threads(write)
+        context.run(block.__exit__, None, None, None)
+        self.assertEqual(db.list_tasks(), [])
+
+    def test_that_wait_in_a_long_queue_give_up_at_their_timeout(self) -> None:
+        db = self.open(timeout=0.2)
+        waited: list[float] = []
+
+        def wait() -> None:
+            began = time.monotonic()
+            with self.assertRaises(BusyError):
+                put(db, "t")
+            waited.append(time.monotonic() - began)
+
+        with db.transaction():
+            in_threads(*[wait] * 150)
+        self.assertEqual(len(waited), 150)
+        self.assertLess(sorted(waited)[len(waited) // 2], 5)
 
     def test_let_a_stop_iteration_through_and_are_used_once(self) -> None:
         db = self.open()
