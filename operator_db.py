@@ -1370,6 +1370,7 @@ class _Store:
         self._writer: _Connection | None = None
         self._wal: tuple[int, int] | None = None
         self._logged = 0  # bytes since the last checkpoint, about
+        self._uncut = 0  # the size of the log when readers were waited for in vain
         self._closing: _Lease | None = None  # while it is alive, work in flight ends and none begins
 
     # ---- opening
@@ -1643,16 +1644,18 @@ class _Store:
 
     def _committed(self, connection: _Connection, began: float) -> None:
         """Make sure of what was committed, cut a WAL that has grown too long, and let others in after a long block."""
-        size, due = self._check_file(": the last write is lost"), self._logged > _CHECKPOINT_EVERY
+        size = self._check_file(": the last write is lost")
+        due = max(self._logged, size - max(_WAL_LIMIT, self._uncut)) > _CHECKPOINT_EVERY
         if size > _WAL_LIMIT or due:
             with suppress(OperatorDbError):  # the block is committed, whatever comes of this
-                if size <= _WAL_LIMIT:
+                if size <= _WAL_LIMIT:  # cut every time, it would cost each sync more
                     connection.query("PRAGMA wal_checkpoint(FULL)")
-                else:  # cut every time, it would cost each sync more
+                else:
                     # steady readers keep SQLite from beginning the log anew, unless they are waited for now and then
                     connection.query(f"PRAGMA busy_timeout={100 if due else 0}")
-                    connection.query("PRAGMA wal_checkpoint(TRUNCATE)")
+                    ((busy, *_),) = connection.query("PRAGMA wal_checkpoint(TRUNCATE)")
                     connection.query("PRAGMA busy_timeout=0")
+                    self._uncut = (size if due else self._uncut) if busy else 0
             self._logged = 0
         if time.monotonic() - began > 0.01:
             time.sleep(_LET_IN)

@@ -2183,6 +2183,26 @@ class Blocks(Scratch):
         self.assertIsNotNone(db.get_task("t"))
         self.assertLess(time.monotonic() - started, 5)
 
+    def test_beside_steady_readers_keep_the_log_short(self) -> None:
+        db, longest = self.open(), 0
+        program = (
+            "import sys, threading; from operator_db import OperatorDb\n"
+            "db = OperatorDb(sys.argv[1], read_only=True); print('reads', flush=True)\n"
+            "def read():\n    while reading: db.list_tasks()\n"
+            "reading = [1]; threads = [threading.Thread(target=read) for _ in range(3)]\n"
+            "for each in threads: each.start()\n"
+            "sys.stdin.read(); reading.clear()"
+        )
+        command = [sys.executable, "-c", program, self.path]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+            assert reader.stdout is not None
+            self.assertEqual(reader.stdout.readline(), b"reads\n")
+            for number in range(25):
+                put(db, str(number), payload=bytes(3_000_000))
+                db.delete_task(str(number))
+                longest = max(longest, os.stat(self.path + "-wal").st_size)
+        self.assertLess(longest, 40 * 2**20)
+
     def test_are_their_threads_own_even_when_its_context_is_shared(self) -> None:
         db = self.open()
         context, block = contextvars.copy_context(), db.transaction()
