@@ -20,8 +20,10 @@ How the file is laid out. Data flows from a record through its codec into a name
 records of one kind; the namespace reads and writes rows through the store, which decides who may
 use which SQLite connection.
 
-"Ours" are the kinds of record that this module defines; "custom" are those of an operator's own, in
-namespaces that its code adds. A "verb" is a public method of OperatorDb or of a Namespace.
+"Our" records are those of the kinds that this module defines; "custom" ones are of an operator's
+own classes, in namespaces that its code adds. "The program" is AgenC's on Solana; the "reference
+worker" is the one that its authors publish; the "prototype" is the Rust program that this module
+replaces.
 
     errors                 the exception classes
     records and evidence   what users make and get back; hashes and dispute bundles
@@ -446,8 +448,8 @@ def _dispute_bundle(task: TaskRecord | None, log: VerificationLog) -> _Json:
 def verify_dispute_bundle(bundle: Any, *, evidence_hash: str | None = None) -> list[str]:
     """Return what is wrong with a dispute bundle, a line for each check that failed.
 
-    The list is empty if the bundle is valid. Needs no database. `evidence_hash` is the hash that
-    stands on chain, 64 hex digits: with it, any change to the evidence is found; without it, only
+    The list is empty if the bundle is valid. Needs no database. `evidence_hash` is the hash that is
+    recorded on chain, 64 hex digits: with it, any change to the evidence is found; without it, only
     contradictions within the bundle are. Never raises, whatever the bundle is.
     """
     if type(bundle) is not dict or type(bundle.get("proof")) is not dict or "task" not in bundle:
@@ -461,7 +463,7 @@ def verify_dispute_bundle(bundle: Any, *, evidence_hash: str | None = None) -> l
     task = None
     if bundle.get("task") is not None:
         try:
-            # a copy, because decoding uses the document up
+            # a copy, because decoding changes the document
             task = _codec(TaskRecord).from_json(json.loads(json.dumps(bundle["task"])))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             found.append(f"task: {error}")
@@ -470,7 +472,7 @@ def verify_dispute_bundle(bundle: Any, *, evidence_hash: str | None = None) -> l
         found.append(f"task: it is {ids[0]}, but the proof is for {ids[1]}")
     wanted = _dispute_bundle(task, log)
     found += [
-        f"{name}: it does not follow from the proof's evidence"
+        f"{name}: it differs from what the proof's evidence gives"
         for name in wanted
         if name != "task" and bundle.get(name) != wanted[name]
     ]
@@ -717,8 +719,8 @@ class _Codec(Generic[R]):
         self._required = [
             f.name for f in all_fields if f.init and f.default is f.default_factory is MISSING
         ]
-        # For each tuple of types that the fields of a valid record have had: the checks that the
-        # types alone do not decide. A record whose types were seen before needs only these.
+        # By the types that the fields of a valid record have had: the checks that depend on the
+        # values. A record with these very types needs no other checks.
         self._checks_by_types: dict[_Row, list[tuple[int, Callable[[Any], bool]]]] = {}
         self._is_ours = (
             issubclass(record_type, _CheckedRecord) and record_type.__module__ == __name__
@@ -731,9 +733,6 @@ class _Codec(Generic[R]):
             self._is_ours
             and cast(Any, record_type)._derive_fields is not _CheckedRecord._derive_fields
         )
-        if self.secrets:
-            record_type.__repr__ = _redacted_repr  # type: ignore[method-assign]
-        _CODECS[record_type] = self
 
     # ---- checking
 
@@ -749,7 +748,7 @@ class _Codec(Generic[R]):
         except AttributeError as error:
             raise InvalidRecordError(f"{self.name}: {error}") from None
         if not self._passes_known_checks(values):
-            values = self._with_enum_members(record, values)
+            values = self._with_enum_members(record)
             self._validate_fields(values)
         return values
 
@@ -761,7 +760,7 @@ class _Codec(Generic[R]):
             self.validate(record)
         return True
 
-    def _with_enum_members(self, record: R, values: _Row) -> _Row:
+    def _with_enum_members(self, record: R) -> _Row:
         """Replace an enum's plain value by its member, in the record too; return the values."""
         for name, enum in self._enums:
             value = getattr(record, name)
@@ -771,7 +770,7 @@ class _Codec(Generic[R]):
         return self._get_values(record)[:-2]
 
     def _passes_known_checks(self, values: _Row) -> bool:
-        """Whether the values are valid, of types that were seen together; False for new types."""
+        """Whether values of types seen before are valid; False where the types are new."""
         try:
             for place, is_valid in self._checks_by_types[tuple(map(type, values))]:
                 if not is_valid(values[place]):
@@ -781,7 +780,7 @@ class _Codec(Generic[R]):
         return True
 
     def _validate_fields(self, values: _Row) -> None:
-        """Check every value by itself, and remember which checks its types leave open."""
+        """Check every value by itself, and remember which checks its types do not replace."""
         for (name, field_type), value in zip(self.field_types.items(), values, strict=True):
             try:
                 valid = type(value) in field_type.always_valid or field_type.is_valid(value)
@@ -922,9 +921,16 @@ _CODECS: dict[type, _Codec[Any]] = {}
 
 
 def _codec(record_type: type[R]) -> _Codec[R]:
-    """Return the codec of a dataclass, made at its first use."""
+    """Return the codec of a dataclass, made at its first use.
+
+    From then on, the repr of a class with secrets does not show them.
+    """
     codec = _CODECS.get(record_type) if isinstance(record_type, type) else None
-    return codec or _Codec(record_type)
+    if codec is None:
+        codec = _CODECS[record_type] = _Codec(record_type)
+        if codec.secrets:
+            record_type.__repr__ = _redacted_repr  # type: ignore[method-assign]
+    return codec
 
 
 def _redacted_repr(record: Any) -> str:
@@ -955,7 +961,7 @@ def _first_missing_part(given: Any, other: Any) -> str:
     return ""
 
 
-# ==== Files: paths, modes, identity, writing a file as a whole, streams ===========================
+# ==== Files: paths, modes, identity, writing a file atomically, streams ===========================
 
 _DATABASE_SUFFIXES = {"database": "", "wal": "-wal", "shm": "-shm"}  # the files of a database
 _REDB_MAGIC = b"redb\x1a\n\xa9\r\n"
@@ -964,7 +970,7 @@ _MAX_LINE_BYTES = 2**31  # of an export; a record has at most 1,000,000,000 in t
 
 @contextmanager
 def _translate_os_errors(what: str) -> Iterator[None]:
-    """Raise the system's numbered errors in the block as StorageError; let others pass."""
+    """Raise OSErrors with an errno in the block as StorageError; let other errors pass."""
     try:
         yield
     except OSError as error:
@@ -1073,7 +1079,7 @@ def _restrict_permissions(path: str) -> None:
                 log.warning("%s could be read by others: its mode is now 0600", name)
 
 
-# ---- writing a file as a whole
+# ---- writing a file atomically
 
 
 @contextmanager
@@ -1097,10 +1103,10 @@ def _temporary_file(path: str) -> Iterator[str]:
 
 
 @contextmanager
-def _write_whole(path: str, *, overwrite: bool, mode: int = 0o600) -> Iterator[str]:
-    """Yield the name of an empty private file, which then appears at `path` as a whole.
+def _write_atomically(path: str, *, overwrite: bool, mode: int = 0o600) -> Iterator[str]:
+    """Yield the name of an empty private file, which appears at `path` after the block.
 
-    If the block raises, nothing appears. What the block leaves must be on the disk already.
+    It appears complete, or, if the block raises, not at all. The block must sync it to the disk.
     """
     _check_can_overwrite(path, overwrite)
     with _translate_os_errors(f"cannot write {path}"), _temporary_file(path) as temporary:
@@ -1117,7 +1123,7 @@ def _write_whole(path: str, *, overwrite: bool, mode: int = 0o600) -> Iterator[s
 def _check_can_overwrite(path: str, overwrite: bool) -> None:
     """Raise an error where a new file would replace what it must not.
 
-    That is a database in use, what is no regular file, and any file unless `overwrite`.
+    That is a database in use, what is not a regular file, and any file unless `overwrite`.
     """
     _raise_if_open_here(path)
     if os.path.lexists(path + "-wal"):
@@ -1125,7 +1131,7 @@ def _check_can_overwrite(path: str, overwrite: bool) -> None:
             f"{path}-wal is there: that database is open or was not closed; choose another name"
         )
     if os.path.lexists(path) and not os.path.isfile(path):
-        raise StorageError(f"{path} is no regular file, and is not replaced by one")
+        raise StorageError(f"{path} is not a regular file, and is not replaced by one")
     if os.path.lexists(path) and not overwrite:
         raise StorageError(f"{path} is there already: choose another name, or overwrite it")
 
@@ -1162,10 +1168,10 @@ def _is_path(file: _File) -> bool:
 
 @contextmanager
 def _open_output(file: _File, mode: int = 0o600) -> Iterator[IO[bytes]]:
-    """Yield a file to write; at the end, its content goes to where `file` says.
+    """Yield a file to write; its content goes to where `file` says.
 
-    A path gets it as a whole. A stream, or what is at the path and is no plain file, is sent it at
-    the end, slow as it may be.
+    A regular file is replaced atomically. A stream or special file is written only after the block,
+    so that a slow one holds nothing open.
     """
     import tempfile
 
@@ -1189,7 +1195,10 @@ def _open_output(file: _File, mode: int = 0o600) -> Iterator[IO[bytes]]:
         ):
             yield spool
         return
-    with _write_whole(path, overwrite=True, mode=mode) as temporary, open(temporary, "wb") as new:
+    with (
+        _write_atomically(path, overwrite=True, mode=mode) as temporary,
+        open(temporary, "wb") as new,
+    ):
         yield new
         new.flush()
         os.fsync(new.fileno())
@@ -1241,8 +1250,8 @@ def _read_lines(file: _File) -> Iterator[bytes]:
 
 # ==== Connection: one SQLite connection, its settings, retries and errors =========================
 
-_POLL_INTERVAL = 0.001  # seconds between two looks at a lock that others hold
-_WAL_KEPT_BYTES = 16 * 2**20  # of a write-ahead log after a checkpoint that resets it
+_POLL_INTERVAL = 0.001  # seconds between two attempts to take a lock that others hold
+_WAL_KEPT_BYTES = 16 * 2**20  # how long a write-ahead log may stay after a checkpoint
 
 _BEGIN_READ = "BEGIN"  # takes no snapshot by itself: the first read does
 _BEGIN_WRITE = "BEGIN IMMEDIATE"  # a deferred one that reads first can fail whatever the timeout
@@ -1295,7 +1304,10 @@ class _Connection(sqlite3.Connection):
         byte_limit: int | None = None,
         deadline: float | None = None,
     ) -> list[_Row]:
-        """Execute a statement and return its rows, or the first ones within a limit of bytes."""
+        """Execute a statement and return its rows, or the first ones within a limit of bytes.
+
+        The deadline for locks begins with the first one that is met, unless it is given.
+        """
         while True:
             try:
                 # No frame holds the cursor: an interrupt's traceback would keep it, and an
@@ -1328,7 +1340,7 @@ class _Connection(sqlite3.Connection):
         deadline = deadline or time.monotonic() + self.timeout
         if time.monotonic() >= deadline:
             raise BusyError(
-                f"{self.path} was locked by others for {self.timeout:g} s; try again"
+                f"{self.path}: others did not release a lock for {self.timeout:g} s; try again"
             ) from None
         time.sleep(_POLL_INTERVAL)
         return deadline
@@ -1339,15 +1351,15 @@ class _Connection(sqlite3.Connection):
         return value.decode() if isinstance(value, bytes) else value
 
     def checkpoint(self, mode: str, *, wait_for_readers_ms: int = 0) -> None:
-        """Move the write-ahead log into the file, as far as readers allow.
+        """Move the write-ahead log into the file, as far as readers allow it.
 
         `mode` is FULL or TRUNCATE (https://www.sqlite.org/pragma.html#pragma_wal_checkpoint), never
         PASSIVE: these two take the write lock, and before SQLite 3.51.3 a commit that begins the
         log anew while a checkpoint runs without it can be lost
         (https://www.sqlite.org/wal.html#walresetbug).
         """
-        self.query(f"PRAGMA busy_timeout={wait_for_readers_ms}")
         try:
+            self.query(f"PRAGMA busy_timeout={wait_for_readers_ms}")
             self.query(f"PRAGMA wal_checkpoint({mode})")
         finally:
             self.query("PRAGMA busy_timeout=0")
@@ -1363,7 +1375,7 @@ _SQLITE_ERRORS = (sqlite3.Error, OverflowError, UnicodeError)
 
 
 def _byte_limit(limit: int) -> Callable[[_Row], bool]:
-    """Return a predicate for `takewhile` that stops after `limit` bytes of blobs."""
+    """Return a predicate for `takewhile` that stops after `limit` bytes of text columns."""
 
     def is_within(row: _Row) -> bool:
         nonlocal limit
@@ -1670,7 +1682,7 @@ def _migrate(path: str, timeout: float, *, final_path: str) -> None:
 def _snapshot_before_migration(path: str, timeout: float, version: int) -> None:
     """Copy the file to `PATH.v{version}.bak` while the caller holds the write lock."""
     with (
-        _write_whole(f"{path}.v{version}.bak", overwrite=True) as temporary,
+        _write_atomically(f"{path}.v{version}.bak", overwrite=True) as temporary,
         closing(_connect(path, timeout, mode="query_only")) as source,
         closing(_connect(temporary, timeout)) as target,
     ):
@@ -1686,18 +1698,18 @@ def _snapshot_before_migration(path: str, timeout: float, version: int) -> None:
 # use what is written on tickets; a fork, and close(), wait until no ticket that has its turn is in
 # force, and then close the connections.
 
-_CHECKPOINT_BYTES = 4 * 2**20  # written, about, between two checkpoints
-_BYTES_PER_WRITE = 4 * 4096  # the pages of a table and its indexes that a write changes, about
-_PAGES_PER_STEP = 500  # copied, or given back to the file system, at a time
-# between the batches of long work: other processes look for the lock every millisecond
-_PAUSE_BETWEEN_BATCHES = 0.002  # seconds
+_CHECKPOINT_BYTES = 4 * 2**20  # how much is written, about, between two checkpoints
+_BYTES_PER_WRITE = 4 * 4096  # how much a write adds to the WAL, about, besides its value
+_PAGES_PER_STEP = 500  # how many are copied, or given back to the file system, at a time
+_PAUSE_FOR_OTHERS = 0.002  # seconds; other processes look for the write lock every millisecond
 
 
 class _Ticket:
-    """The right of one thread to use a connection: for one transaction, or for its reads.
+    """A thread's request to use a connection, for one transaction or for its reads.
 
-    KeyboardInterrupt can arrive between any two instructions of ours, so no code of ours can be
-    relied on to give a right back. A ticket ends by itself:
+    It waits at first, and is granted when `has_turn` is set. CPython can raise KeyboardInterrupt at
+    any call, so no code of ours can be relied on to give back what was granted. A ticket ends by
+    itself:
 
     1. Its holder enters `with ticket.in_force:`, a lock that nobody else ever takes. An interrupt
        before that leaves a ticket that was never in force.
@@ -1715,15 +1727,16 @@ class _Ticket:
     held and no acknowledged write was lost.
     """
 
-    has_turn = False  # it may be using a connection now
+    has_turn = False  # granted; it stays so, and counts only while the ticket is in force
     connection: _Connection | None = None
     token: Token[_Ticket | None] | None = None  # of the context that opened its block
-    savepoints = 0  # so far
+    savepoints = 0  # how many its transaction has had
 
     def __init__(self, timeout: float, *, writes: bool) -> None:
         self.in_force = threading.Lock()
-        # Released by the writer before it in the queue, to end its sleep early. It is not locked at
-        # first: a writer looks a second time at once before it sleeps.
+        # Released by the writer before it in the queue, to end its sleep early. No Event, because
+        # that is Python code, which an interrupt can split. It is not locked at first, so a writer
+        # looks twice before it sleeps.
         self.wake = threading.Lock()
         self.thread = threading.get_ident()
         self.deadline = time.monotonic() + timeout
@@ -1731,17 +1744,19 @@ class _Ticket:
 
 
 class _InterruptSafeContext:
-    """A context manager made of a generator, which ends when its with statement is left.
+    """A context manager made of a generator, which is closed however its with statement is left.
 
-    That of `contextlib.contextmanager` ends when the last reference to its generator goes. If
-    KeyboardInterrupt lands in the code of contextlib, the exception's traceback refers to those
-    frames, and they to the generator: the transaction stays open for as long as somebody handles or
-    keeps the exception. In 21,313 interrupts, 161 acknowledged writes that were made meanwhile
-    were rolled back with it. So here the with statement alone refers to the generator:
+    Only the with statement's own stack has a strong reference to the generator. So unwinding that
+    stack closes the generator, even while somebody keeps the exception.
 
-    1. `with` looks `__exit__` up, before it calls `__enter__`. The descriptor `_Exit` moves the one
-       strong reference to the generator from this object into the function that it returns, which
-       the with statement keeps on its own stack.
+    `contextlib.contextmanager` does not do that. If KeyboardInterrupt lands in the code of
+    contextlib, the exception's traceback refers to its frames, and they to the generator: the
+    transaction stays open for as long as somebody handles or keeps the exception. In 21,313
+    interrupts, 161 acknowledged writes that were made meanwhile were rolled back with it. Here:
+
+    1. `with` looks up `__exit__`, before it calls `__enter__`. The descriptor `_Exit` moves the
+       strong reference from this object into the function that it returns, which the with
+       statement keeps on its stack.
     2. `with` calls `__enter__`, which starts the generator. An interrupt there closes it.
     3. At the end of the statement, `with` calls that function, which resumes the generator.
     4. If an interrupt lands before any line of that function is executed, the stack of the with
@@ -1749,9 +1764,9 @@ class _InterruptSafeContext:
        generator: its `except` clauses undo the transaction, however long somebody keeps the
        exception.
 
-    24,672 interrupts lost none. This relies on CPython: on that order of the two look-ups, and on
-    counting references. A `contextlib.ExitStack` refers to this object itself, and so there the
-    generator ends as contextlib's does.
+    24,672 interrupts lost none. This relies on CPython, which looks up `__exit__` first and counts
+    references. A `contextlib.ExitStack` refers to this object itself, and so there the generator
+    ends as contextlib's does.
     """
 
     def __init__(self, generator: Generator[Any, None, None]) -> None:
@@ -1776,7 +1791,9 @@ class _InterruptSafeContext:
         def __get__(self, context: _InterruptSafeContext | None, owner: object) -> Any:
             if context is None:  # contextlib.ExitStack looks methods up on the class
                 return lambda context, *error: _leave_generator(context.weak, *error)
+            # a partial, because a function of Python's would leave its frame in the traceback
             leave: Any = partial(_leave_generator, context.weak)
+            # never read: it keeps the generator for as long as the with statement keeps `leave`
             leave.generator, context.strong = context.strong, None
             return leave
 
@@ -1787,7 +1804,7 @@ def _leave_generator(
     weak: Any, kind: object, error: BaseException | None, traceback: object
 ) -> bool:
     """Resume a generator to its end, throwing the error of the with statement into it."""
-    # nothing that an interrupt can split stands between this strong reference and the end
+    # from this strong reference on, the generator is resumed with no call of ours in between
     generator = weak()
     if error is None:
         next(generator, None)
@@ -1795,7 +1812,7 @@ def _leave_generator(
     try:
         generator.throw(error)
     except BaseException as raised:
-        # a StopIteration that passes through a generator becomes the cause of a RuntimeError
+        # a StopIteration that passes through a generator becomes a RuntimeError's cause (PEP 479)
         if raised is not error and raised.__cause__ is not error:
             raise
     finally:
@@ -1818,7 +1835,7 @@ def _interrupt_safe_context(
 
 _stores: weakref.WeakSet[_Store] = weakref.WeakSet()  # of this process
 _stores_lock = threading.RLock()
-_fork_is_coming = threading.Lock()  # locked from before a fork until after it: see `_before_fork`
+_fork_is_coming = threading.Lock()  # which is locked from before a fork until after it
 _forking_threads: set[int] = set()  # those that are forking, or wait for their turn to
 _inherited_files: set[tuple[int, int]] = set()  # that an inherited connection is open to
 
@@ -1881,7 +1898,7 @@ class _Store:
             self._take_writer()
 
     def _take_writer(self) -> _Connection:
-        """Return the write connection, opened if need be, to the ticket that has its turn."""
+        """Return the write connection, in no transaction; to be called when it is one's turn."""
         if self.read_only:
             raise StorageError(f"{self.path} was opened read-only")
         if self._write_connection is not None:
@@ -1927,7 +1944,10 @@ class _Store:
     # ---- whose turn it is
 
     def _current_transaction(self) -> _Ticket | None:
-        """Return the ticket of the transaction or snapshot of this very thread and context."""
+        """Return the ticket of the transaction or snapshot that this call stands in.
+
+        It must have been opened by this thread, and in this very context.
+        """
         ticket = self._current.get()
         if ticket is None or ticket.token is None or ticket.thread != threading.get_ident():
             return None
@@ -1982,7 +2002,7 @@ class _Store:
                 " block must not await) or by the code that a signal handler interrupted"
             )
 
-    def _is_paused(self) -> bool:
+    def _must_pause(self) -> bool:
         """Whether new work has to wait for a fork or for close()."""
         closer = self._closing
         return _fork_is_coming.locked() or (closer is not None and closer.in_force.locked())
@@ -1990,10 +2010,9 @@ class _Store:
     def _wait_for_turn(self, ticket: _Ticket) -> None:
         """Wait until the ticket may use a connection; raise BusyError at its deadline.
 
-        A writer waits until it is the first in the queue, a reader for nobody; both wait while a
-        fork or close() is pending. A thread that is at work already does not wait for these, since
-        they wait for its work. A reader is given its connection here, and a writer takes the one
-        write connection afterwards.
+        A writer waits until it is the first in the queue; a reader never queues. Both wait while a
+        fork or close() is pending, unless their thread is at work already, which these wait for. A
+        reader is given its connection here; a writer takes the write connection afterwards.
         """
         if ticket.writes:
             self._raise_if_closed()
@@ -2004,15 +2023,15 @@ class _Store:
         while True:
             with self._mutex:
                 self._raise_if_closed()
-                ahead = self._count_ahead(ticket) if ticket.writes else 0
-                if ahead == 0 and (may_ignore_pause or not self._is_paused()):
+                ahead = self._drop_ended_and_count_ahead(ticket) if ticket.writes else 0
+                if ahead == 0 and (may_ignore_pause or not self._must_pause()):
                     ticket.has_turn = True
                     if not ticket.writes:
                         # under the mutex, so that neither fork nor close() overlooks it
                         self._check_out_reader(ticket)
                     return
             # asked while no mutex is held, because it takes that of every database
-            may_ignore_pause = self._is_paused() and _is_at_work()
+            may_ignore_pause = self._must_pause() and _is_at_work()
             remaining = ticket.deadline - time.monotonic()
             if remaining <= 0:
                 raise BusyError(
@@ -2021,8 +2040,8 @@ class _Store:
                 )
             ticket.wake.acquire(timeout=min(_POLL_INTERVAL * max(1, ahead), remaining))
 
-    def _count_ahead(self, ticket: _Ticket) -> int:
-        """Return how many writers stand before this one; the mutex is held."""
+    def _drop_ended_and_count_ahead(self, ticket: _Ticket) -> int:
+        """Return how many writers, at most, stand before this one; the mutex is held."""
         while not self._queue[0].in_force.locked():
             self._queue.popleft()
         return 0 if self._queue[0] is ticket else self._queue.index(ticket)
@@ -2080,8 +2099,8 @@ class _Store:
         """Execute a statement that changes rows; return how many it changed.
 
         Every write of this module passes here. Inside one's own transaction it becomes part of
-        that; outside, it is committed. It does there what `transaction` does, but for the context
-        manager, which costs a sixth of a write.
+        that. Outside, it is committed by the steps of `transaction()`, written out: the context
+        manager would add a sixth to its time.
         """
         self._written += _BYTES_PER_WRITE + (len(parameters[1]) if len(parameters) > 1 else 0)
         transaction = self._current_transaction()
@@ -2156,8 +2175,8 @@ class _Store:
                 self._leave_context(token)
 
     @_interrupt_safe_context
-    def _exclusive(self) -> Generator[_Connection, None, None]:
-        """Wait for a writer's turn and yield the write connection, in no transaction."""
+    def _writer_turn(self) -> Generator[_Connection, None, None]:
+        """Wait for one's turn among this process's writers, and yield the write connection."""
         ticket = _Ticket(self.timeout, writes=True)
         with ticket.in_force:
             self._wait_for_turn(ticket)
@@ -2186,15 +2205,15 @@ class _Store:
         wal_size = self._verify_files(": the last write is lost")
         if self._written > _CHECKPOINT_BYTES:
             self._written = 0
-            with suppress(OperatorDbError):  # the commit stands, whatever comes of this
+            with suppress(OperatorDbError):  # it is committed, even if the checkpoint fails
                 if wal_size <= _WAL_KEPT_BYTES:
                     # leaves the file its length: a sync of a file that grows takes longer
                     connection.checkpoint("FULL")
                 else:
-                    # steady readers keep SQLite from beginning the log anew, unless waited for
+                    # unless they are waited for, steady readers keep the log from starting over
                     connection.checkpoint("TRUNCATE", wait_for_readers_ms=100)
         if time.monotonic() - began > 0.01:
-            time.sleep(_PAUSE_BETWEEN_BATCHES)
+            time.sleep(_PAUSE_FOR_OTHERS)
 
     def _leave_context(self, token: Token[_Ticket | None] | None) -> None:
         """Take a transaction or snapshot out of the context that opened it."""
@@ -2235,28 +2254,28 @@ class _Store:
         if self._current_transaction() is not None:
             return
         while True:
-            with self._exclusive() as connection:
+            with self._writer_turn() as connection:
                 before = unused = connection.pragma("freelist_count")
                 if unused and connection.pragma("auto_vacuum") == 2:
                     unused = connection.release_pages(_PAGES_PER_STEP)
             if before <= _PAGES_PER_STEP or unused >= before:
                 break
-            time.sleep(_PAUSE_BETWEEN_BATCHES)
+            time.sleep(_PAUSE_FOR_OTHERS)
         self.checkpoint()
 
     def checkpoint(self) -> None:
         """Move the WAL into the file and cut it, as far as readers allow."""
         if self._current_transaction() is None:
-            with self._exclusive() as connection:
+            with self._writer_turn() as connection:
                 connection.checkpoint("TRUNCATE")
 
     def vacuum(self) -> None:
         """Rebuild the file without gaps, as one transaction."""
         self._raise_if_in_transaction("compact()")
-        with self._exclusive() as connection:
+        with self._writer_turn() as connection:
             connection.query(_VACUUM)
             self._verify_files()
-        with suppress(OperatorDbError):  # it is committed, whatever comes of this
+        with suppress(OperatorDbError):  # it is committed, even if the checkpoint fails
             self.checkpoint()
 
     def copy_to(self, path: str, progress: Progress | None) -> None:
@@ -2277,10 +2296,10 @@ class _Store:
                 raise StorageError(
                     f"{source.path} has pages of another size: export it, then import that"
                 )
-            with self._exclusive() as connection:
+            with self._writer_turn() as connection:
                 source._copy_snapshot(connection, progress)
                 self._verify_files(": what was restored is lost")
-        with suppress(OperatorDbError):  # it is committed, whatever comes of this
+        with suppress(OperatorDbError):  # it is committed, even if the checkpoint fails
             self.checkpoint()
 
     def _copy_snapshot(self, target: _Connection, progress: Progress | None) -> None:
@@ -2297,7 +2316,7 @@ class _Store:
             nonlocal deadline
             if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 deadline = time.monotonic() + target.timeout
-            elif time.monotonic() >= deadline:  # Connection.backup would wait for ever
+            elif time.monotonic() >= deadline:  # Connection.backup would wait forever
                 raise BusyError(
                     f"{target.path} was locked by others for {target.timeout:g} s; try again"
                 )
@@ -2358,7 +2377,7 @@ class _Store:
                 with self._mutex:
                     if self._closed_reason:
                         return
-                    # those that wait are refused
+                    # tickets that wait for their turn will find the store closed
                     if not any(ticket.has_turn for ticket in self._tickets_in_force()):
                         self._closed_reason = "was closed: open it again with OperatorDb(path)"
                         self._close_connections()
@@ -2374,21 +2393,21 @@ class _Store:
     def close_before_fork(self) -> bool:
         """Close every connection if no thread is at work; return whether the fork may go on.
 
-        It does not wait for a thread that is itself forking: what that has open stays open.
+        A thread that is itself forking is not waited for, and its connections stay open.
         """
         with self._mutex:
             at_work = {ticket.thread for ticket in self._tickets_in_force() if ticket.has_turn}
             if not at_work:
                 self._close_connections()
-            return at_work <= _forking_threads
+            return at_work.issubset(_forking_threads)
 
     def is_at_work(self, thread: int) -> bool:
-        """Whether a thread is in the midst of a piece of work."""
+        """Whether a thread uses a connection of this store."""
         with self._mutex:
             return any(each.has_turn and each.thread == thread for each in self._tickets_in_force())
 
     def after_fork_in_child(self) -> None:
-        """Begin anew; or refuse every call, where the parent's connections could not be closed."""
+        """Start over; or refuse every call, if the parent's connections could not be closed."""
         self.latencies.clear()
         inherited = self._connections()
         for ticket in (*(each.holder for each in self._read_connections), *self._queue):
@@ -2413,7 +2432,7 @@ def _all_stores() -> list[_Store]:
 
 
 def _is_at_work() -> bool:
-    """Whether this thread is in the midst of work on any database."""
+    """Whether this thread uses a connection of any database."""
     return any(store.is_at_work(threading.get_ident()) for store in _all_stores())
 
 
@@ -2433,12 +2452,12 @@ def _before_fork() -> None:
     writes were lost, and 4 of 400 children forked under load hung in `connect()`. So:
 
     1. The fork is announced: `_fork_is_coming` is locked. From now on new work waits, in every
-       store (`_is_paused`); a thread that is at work already goes on with it.
+       store (`_must_pause`); a thread that is at work already goes on with it.
     2. Each store in which nobody is at work closes its connections. Work in flight is waited for,
        up to the longest `timeout` of a store that is at work.
     3. The process forks. In the parent `_fork_is_coming` is released, and every store opens
        connections when it next needs one.
-    4. In the child every store begins anew, and then `_fork_is_coming` is released. A store whose
+    4. In the child every store starts over, and then `_fork_is_coming` is released. A store whose
        connections could not be closed in time, or which the forking thread itself has a
        transaction open in, refuses every call in the child; the parent goes on with it.
 
@@ -2474,8 +2493,8 @@ if hasattr(os, "register_at_fork"):
     )
 # ==== Namespace: the rows of one table, and the only code that reads and writes them ==============
 
-_BATCH_BYTES = 2**20  # of values that a walk holds at a time
-_BATCH_SECONDS = 0.02  # that a prune holds the write lock at a time
+_BATCH_BYTES = 2**20  # how much a walk reads at a time
+_BATCH_SECONDS = 0.02  # how long a prune holds the write lock at a time
 
 # `{0}` is the table. Text comes back as bytes, so that damaged text is still found by what it is:
 # `CAST(? AS TEXT)` takes it again.
@@ -2573,7 +2592,7 @@ def _check_days(days: object) -> None:
         raise InvalidRecordError(f"days must be a number of 0 or more; got {_truncated_repr(days)}")
 
 
-def _is_age(at: object) -> bool:
+def _is_timestamp(at: object) -> bool:
     return at is None or (type(at) is int and -(2**63) <= at < 2**63)
 
 
@@ -2691,7 +2710,7 @@ class Namespace(Generic[R]):
             return self._store.write(_DELETE_BY_KEY.format(self.name), (key,)) > 0
 
     def _get_ignoring_columns(self, record_id: str) -> R | None:
-        """Return the record in the value alone, whatever the columns say; None if there is none."""
+        """Return the record in the value alone; None if there is no row, or it is not readable."""
         key = self._key_prefix + _check_id(record_id)
         for _, value, _, _, crc in self._store.read(self._select_by_key, (key,)):
             with suppress(ValueError, TypeError):
@@ -2724,7 +2743,7 @@ class Namespace(Generic[R]):
                 rows = list(islice(merged, None if count < 0 else count))
             return [self._decode_row(row) for row in rows]
         except (DamagedError, TypeError) as error:  # the latter from ages that do not compare
-            # a row in a list may not know its key: find the first damaged record, and name that
+            # a row in a list may lack its key: look for the first damaged record, to name that
             problem = next(self.problems(), f"{self.name}: {error}")
             raise DamagedError(problem) from None
 
@@ -2836,7 +2855,7 @@ class Namespace(Generic[R]):
             if not rows:
                 return
             yield removed
-            time.sleep(_PAUSE_BETWEEN_BATCHES)
+            time.sleep(_PAUSE_FOR_OTHERS)
 
     def clear(self, status: Any) -> int:
         """Remove every record of a status; return how many."""
@@ -2922,9 +2941,9 @@ class Namespace(Generic[R]):
                 f"{self.name}: {type(error).__name__} raised by a property"
             ) from None
         _check_id(key)
-        if not _is_age(at):
+        if not _is_timestamp(at):
             raise InvalidRecordError(
-                f"{self.name}: its age is counted from Unix seconds; got {_truncated_repr(at)}"
+                f"{self.name}: at= must give Unix seconds or None; got {_truncated_repr(at)}"
             )
         return self._key_prefix + key, value, status, at, crc32(value.encode())
 
@@ -2986,7 +3005,11 @@ class Namespace(Generic[R]):
         self, record_id: Any, status: Any, at: Any, document: _Json
     ) -> tuple[str, str, str | None, int | None, int]:
         """Return the row of a JSON object, with columns as another process derived them."""
-        if not (_is_text(status) or status is None) or not _is_age(at) or not _is_json(document):
+        if (
+            not (_is_text(status) or status is None)
+            or not _is_timestamp(at)
+            or not _is_json(document)
+        ):
             raise ValueError(
                 "status must be text or null, at Unix seconds or null, the record plain JSON"
             )
@@ -3026,7 +3049,7 @@ class _JsonNamespace(Namespace[Any]):
     """A namespace whose dataclass this process does not know: its records are JSON objects."""
 
     def __init__(self, store: _Store, name: str) -> None:
-        # the codec of any class will do, since it is used by none of the methods below
+        # the codec of any class without secrets will do: the methods below do not decode with it
         super().__init__(store, name, TranscriptEntry, key="role")
 
     def _redact(self, value: bytes) -> str:
@@ -3034,7 +3057,7 @@ class _JsonNamespace(Namespace[Any]):
 
     def _decode_row(self, row: _Row) -> Any:
         try:
-            if crc32(row[1]) != row[4] or not _is_age(row[3]):
+            if crc32(row[1]) != row[4] or not _is_timestamp(row[3]):
                 raise ValueError
             for text in (row[0], row[2] or b""):
                 text.decode()  # raises if it is damaged
@@ -3086,7 +3109,7 @@ class PruneReport:
 
 
 @dataclass(kw_only=True)
-class _SessionRow(_CheckedRecord):
+class _StoredSession(_CheckedRecord):
     """A session as it is stored, apart from its log.
 
     It holds how many entries each part of the log has, so that none can be missing unnoticed.
@@ -3124,7 +3147,7 @@ def _log_names(session_id: str) -> tuple[str, str]:
     return f"transcript:{session_id}", f"commands:{session_id}"
 
 
-def _common_fields(session: SessionState | _SessionRow) -> _Json:
+def _common_fields(session: SessionState | _StoredSession) -> _Json:
     """Return the fields that a session and its row have in common."""
     names = ("session_id", "active_task_ids", "created_at", "last_active")
     return {name: getattr(session, name) for name in names}
@@ -3139,12 +3162,12 @@ def _parse_status(value: TaskStatus | str) -> TaskStatus:
         return TaskStatus(value if isinstance(value, str) else "")
     except ValueError:
         raise InvalidRecordError(
-            f"{_truncated_repr(value)} is no task status: use {', '.join(TaskStatus)}"
+            f"{_truncated_repr(value)} is not a task status: use {', '.join(TaskStatus)}"
         ) from None
 
 
 def _merge_history(task: TaskRecord, stored: TaskRecord) -> None:
-    """Let a task's history begin with what is stored, and keep the stored completion."""
+    """Make a task's history begin with what is stored, and keep the stored completion."""
     if task.history[: len(stored.history)] != stored.history:
         later = [change for change in task.history if change not in stored.history]
         task.history[:] = stored.history + later
@@ -3153,7 +3176,7 @@ def _merge_history(task: TaskRecord, stored: TaskRecord) -> None:
 
 
 def _append_present_status(task: TaskRecord, *, was_open: bool = False) -> bool:
-    """Let a task's history end with its status; return whether it grew.
+    """Make a task's history end with its status; return whether it grew.
 
     A move to completed sets `completed_at`. So does storing a task that is completed, as its
     history shows already, over one that `was_open`.
@@ -3218,9 +3241,10 @@ class OperatorDb:
     than `timeout`, gets an object that refuses every call.
 
     Records that are passed in are checked and copied as they are at that moment. All errors derive
-    from OperatorDbError. Besides those that a verb names, any may raise InvalidRecordError for its
-    arguments, BusyError, ClosedError, DamagedError and StorageError, and one that writes also
-    ConflictError (while another coroutine's transaction is open) and NewerSchemaError.
+    from OperatorDbError. Besides those that a method's docstring names, any may raise
+    InvalidRecordError for its arguments, BusyError, ClosedError, DamagedError and StorageError, and
+    one that writes also ConflictError (while another coroutine's transaction is open) and
+    NewerSchemaError. A call that KeyboardInterrupt has ended may have been committed.
     """
 
     _operation_prefix = ""  # of the names of its operations
@@ -3250,7 +3274,8 @@ class OperatorDb:
             return namespace
 
         self._tasks = ours("tasks", TaskRecord, key="task_id", status="status", at="age_from")
-        self._sessions = ours("sessions", _SessionRow, key="session_id", at="last_active")
+        self._sessions = ours("sessions", _StoredSession, key="session_id", at="last_active")
+        # the status of an entry is its log: list, count and clear by status mean by log
         log = self._log = ours("session_log", _LogEntry, key="entry_id", status="log", at="seq")
         self._proofs = ours(
             "proofs", VerificationLog, key="task_id", status="submitted", at="timestamp"
@@ -3360,7 +3385,7 @@ class OperatorDb:
         if self._tasks.put(task, if_absent=True):  # most tasks are new: one statement stores them
             return
         with self.transaction():
-            # undo that, and do it again beside what is stored
+            # undo the append, and redo it on top of the stored history
             del task.history[given_length:]
             task.completed_at = given_completion
             stored = None
@@ -3499,7 +3524,7 @@ class OperatorDb:
                 [(command, None, session.last_active) for command in commands[known_commands:]],
             )
             self._sessions.put(
-                _SessionRow(
+                _StoredSession(
                     **_common_fields(session), transcript_entries=len(said), commands=len(commands)
                 )
             )
@@ -3533,11 +3558,11 @@ class OperatorDb:
         at = _now() if timestamp is None else timestamp
         TranscriptEntry(role=role, content=content, timestamp=at)  # checks them
 
-        def add(row: _SessionRow) -> None:
+        def add(row: _StoredSession) -> None:
             log, entry = _log_names(session_id)[0], (content, role, at)
             row.transcript_entries = self._append_entries(log, row.transcript_entries, [entry])
 
-        self._update_session_row(session_id, at, add)
+        self._update_stored_session(session_id, at, add)
 
     @_timed
     def append_command(
@@ -3547,11 +3572,11 @@ class OperatorDb:
         at = _now() if timestamp is None else timestamp
         SessionState(session_id=session_id, command_history=[command], last_active=at)  # checks
 
-        def add(row: _SessionRow) -> None:
+        def add(row: _StoredSession) -> None:
             log, entry = _log_names(session_id)[1], (command, None, at)
             row.commands = self._append_entries(log, row.commands, [entry])
 
-        self._update_session_row(session_id, at, add)
+        self._update_stored_session(session_id, at, add)
 
     @_timed
     def transcript(self, session_id: str, *, last: int | None = None) -> list[TranscriptEntry]:
@@ -3569,11 +3594,11 @@ class OperatorDb:
         """Add a task to those that a session is about; the session is created if there is none."""
         _check_id(task_id)
 
-        def link(row: _SessionRow) -> None:
+        def link(row: _StoredSession) -> None:
             if task_id not in row.active_task_ids:
                 row.active_task_ids.append(task_id)
 
-        self._update_session_row(session_id, _now(), link)
+        self._update_stored_session(session_id, _now(), link)
 
     @_timed
     def unlink_task(self, session_id: str, task_id: str) -> bool:
@@ -3585,14 +3610,14 @@ class OperatorDb:
             session.active_task_ids.remove(task_id)
             return self._sessions.put(session)
 
-    def _update_session_row(
-        self, session_id: str, at: int, change: Callable[[_SessionRow], None]
+    def _update_stored_session(
+        self, session_id: str, at: int, change: Callable[[_StoredSession], None]
     ) -> None:
         """Change a session's row, made if absent, and store it as active at a time."""
         with self.transaction():
             row = self._sessions.get(session_id)
             if row is None:
-                row = _SessionRow(
+                row = _StoredSession(
                     session_id=session_id, active_task_ids=[], created_at=at, last_active=at
                 )
             change(row)
@@ -3607,7 +3632,7 @@ class OperatorDb:
             entry = _LogEntry(log=log, seq=seq, content=content, role=role, timestamp=timestamp)
             if not self._log.put(entry, if_absent=True):
                 raise DamagedError(
-                    f"session_log:{_truncated_repr(log)} has more entries than its session knows:"
+                    f"session_log:{_truncated_repr(log)} has more entries than its session expects:"
                     " run check()"
                 )
         return length + len(entries)
@@ -3623,14 +3648,16 @@ class OperatorDb:
             )
         return entries
 
-    def _read_transcript(self, row: _SessionRow, last: int | None = None) -> list[TranscriptEntry]:
+    def _read_transcript(
+        self, row: _StoredSession, last: int | None = None
+    ) -> list[TranscriptEntry]:
         log, _ = _log_names(row.session_id)
         return [
             TranscriptEntry(role=e.role or "", content=e.content, timestamp=e.timestamp)
             for e in self._read_entries(log, row.transcript_entries, last)
         ]
 
-    def _with_log(self, row: _SessionRow) -> SessionState:
+    def _with_log(self, row: _StoredSession) -> SessionState:
         """Return a session with its log."""
         _, log = _log_names(row.session_id)
         commands = [entry.content for entry in self._read_entries(log, row.commands)]
@@ -3837,7 +3864,7 @@ class OperatorDb:
                         if (count := self._log.count(log)) != length:
                             yield (
                                 f"session_log:{_truncated_repr(log)} has {count} entries, its"
-                                f" session knows {length}"
+                                f" session expects {length}"
                             )
             for log in self._log.statuses():
                 if log not in known and self._has_no_session(log):
@@ -3866,7 +3893,7 @@ class OperatorDb:
 
     @_timed
     def stats(self) -> DbStats:
-        """Return what the database holds, what it takes, and what this process has done with it.
+        """Return what the database holds, its size, and what this process has done with it.
 
         Reads the whole file.
         """
@@ -3911,7 +3938,7 @@ class OperatorDb:
         return _exposition(self.stats())
 
     def write_metrics(self, path: _Path) -> None:
-        """Write `prometheus()` to a file, replaced as a whole.
+        """Write `prometheus()` to a file, replaced atomically.
 
         It is meant for node_exporter's textfile collector, which wants a name in `.prom`. Others
         may read it (mode 0644), because node_exporter is another user.
@@ -3927,11 +3954,11 @@ class OperatorDb:
     ) -> None:
         """Write every record as JSON Lines, from one snapshot: a header, then a record a line.
 
-        Takes constant memory. `file` is a path, whose file is private and is replaced as a whole at
-        the end or not at all, or a stream, text or binary, which gets its first byte when the
-        snapshot is done, so that a slow one holds nothing up. Secrets are written as `***` unless
-        asked for; those in a custom namespace are known when `namespace()` was called for it on
-        this object. Raises DamagedError for a record that is not what was written.
+        Takes constant memory. `file` is a path, whose file is private and is replaced atomically,
+        or a stream, text or binary, which gets its first byte when the snapshot is done, so that a
+        slow one holds nothing up. Secrets are written as `***` unless asked for; those in a custom
+        namespace are known when `namespace()` was called for it on this object. Raises DamagedError
+        for a record that is not what was written.
         """
         _export(self, file, include_secrets, progress)
 
@@ -3941,11 +3968,11 @@ class OperatorDb:
 
         All of it is stored, or nothing; every line is checked before the write lock is taken.
         Returns for each namespace how many records were `added`, `replaced` and `unchanged`, and,
-        of the prototype's proofs, which it does not export, how many were `left_behind`. What the
-        database knows more of is kept: a task that has moved later, a session whose log goes on, a
-        submission, a secret where the file holds `***` or nothing. Raises InvalidRecordError, which
-        names line and field, NewerSchemaError, and ConflictError where a proof would overwrite
-        other evidence or a session's log contradicts the one that is stored.
+        of the prototype's proofs, which it does not export, how many were `left_behind`. Where the
+        database is ahead of the file, it wins: a task that has moved later, a session whose log
+        goes on, a submission, a secret where the file holds `***` or nothing. Raises
+        InvalidRecordError, which names line and field, NewerSchemaError, and ConflictError where a
+        proof would overwrite other evidence or a session's log contradicts the one that is stored.
         """
         return _import(self, file, progress)
 
@@ -3955,7 +3982,7 @@ class OperatorDb:
     ) -> None:
         """Write a copy of one state of the database, while others read and write.
 
-        The copy is private, is checked as by `check()`, and then appears at `path` as a whole. It
+        The copy is private, is checked as by `check()`, and then appears at `path` complete. It
         holds every secret that this database holds. Raises StorageError for a file that is there
         (unless `overwrite`) or has a WAL beside it, and DamagedError when this database is damaged.
         """
@@ -4094,34 +4121,17 @@ def _exposition(stats: DbStats) -> str:
         "schema_version": stats.schema_version,
         "sqlite_version": sqlite3.sqlite_version,
     }
+    unsubmitted: list[_Sample] = [("", {}, stats.unsubmitted_proofs)]
     family("info", "Versions of what runs; always 1.", [("", versions, 1)])
     family("file_bytes", "Size of each file of the database.", labelled("file", stats.files))
     family("free_bytes", "Bytes of the database file that are unused.", [("", {}, stats.free)])
     family("records", "Records in each namespace.", labelled("namespace", stats.records))
-    family(
-        "namespace_bytes",
-        "Bytes of each namespace and its indexes.",
-        labelled("namespace", stats.bytes),
-    )
+    family("namespace_bytes", "Bytes with the indexes.", labelled("namespace", stats.bytes))
     family("tasks", "Tasks of each status.", labelled("status", stats.tasks))
-    family(
-        "unsubmitted_proofs",
-        "Proofs not marked as submitted.",
-        [("", {}, stats.unsubmitted_proofs)],
-    )
+    family("unsubmitted_proofs", "Proofs not marked as submitted.", unsubmitted)
     if stats.operations:
-        family(
-            "operation_duration_seconds",
-            "Latency of each operation of this process.",
-            latencies(),
-            "histogram",
-        )
-        family(
-            "operation_errors_total",
-            "Operations of this process that raised, by error.",
-            errors(),
-            "counter",
-        )
+        family("operation_duration_seconds", "Latency here.", latencies(), "histogram")
+        family("operation_errors_total", "Calls that raised here.", errors(), "counter")
     return "\n".join(lines) + "\n"
 
 
@@ -4136,7 +4146,7 @@ _PROTOTYPE_TASK_FIELDS = {f.name for f in fields(TaskRecord)} - {"history"}
 
 
 def _backup(db: OperatorDb, path: _Path, overwrite: bool, progress: Progress | None) -> None:
-    with _write_whole(_absolute_path(path), overwrite=overwrite) as temporary:
+    with _write_atomically(_absolute_path(path), overwrite=overwrite) as temporary:
         db._store.copy_to(temporary, progress)
         with OperatorDb(temporary, read_only=True) as copied:
             _raise_if_damaged(copied, db.path, "no backup was made of", progress)
@@ -4339,7 +4349,7 @@ def _read_prototype_task(where: str, task: Any) -> _Json:
 def _import(db: OperatorDb, file: _File, progress: Progress | None) -> dict[str, Counter[str]]:
     """Check and stage every line in a temporary file; then store them all in one transaction.
 
-    A staged line is the line itself, and the row that it makes where nothing is stored yet.
+    A staged line is the line itself, and the row to insert if its key is new.
     """
     import tempfile
 
@@ -4386,9 +4396,9 @@ def _namespace_for(db: OperatorDb, entry: _Json) -> Namespace[Any]:
 
 
 def _row_for(db: OperatorDb, entry: _Json) -> _Row | None:
-    """Check a line and return the row that it makes where nothing is stored yet.
+    """Check a line and return the row to insert if its key is new.
 
-    None where what is stored has to be looked at: for a session, and for what is withheld.
+    None where stored values are needed: for a session, and where secrets are withheld.
     """
     namespace = _namespace_for(db, entry)
     if namespace.name == "sessions":
@@ -4398,7 +4408,7 @@ def _row_for(db: OperatorDb, entry: _Json) -> _Row | None:
     if not redacted:
         return _row_of_whole_entry(namespace, entry)
     filled = _fill_redacted(namespace, entry, redacted, {})
-    if filled.keys() >= set(redacted):  # with the defaults: checks the rest of the record
+    if filled.keys() >= set(redacted):  # with defaults in place of secrets, to check the rest
         _row_of_whole_entry(namespace, entry | {"record": filled})
     return None
 
@@ -5274,7 +5284,7 @@ def _parse_arguments(argv: list[str] | None) -> Any:
         "--prometheus": {**flag, "help": "print Prometheus's text format"},
         "-o": {
             "metavar": "FILE",
-            "help": "write to FILE, replaced as a whole, instead of standard output",
+            "help": "write to FILE, replaced atomically, instead of standard output",
         },
         "--status": {
             "metavar": "S",
@@ -5358,7 +5368,7 @@ def _run(options: Any) -> int:
         )
     with _translate_os_errors(f"cannot create {path}"):
         _make_private_directory(os.path.dirname(path))
-    with _write_whole(path, overwrite=False) as temporary, OperatorDb(temporary) as db:
+    with _write_atomically(path, overwrite=False) as temporary, OperatorDb(temporary) as db:
         return run(db, options)
 
 
@@ -5379,7 +5389,8 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except (OperatorDbError, OSError) as error:  # the latter of standard output
         if not isinstance(error, OperatorDbError) or error.__cause__:
-            # or the interpreter would try to flush it again when it ends
+            # Standard output failed (`_send` alone raises from a cause): point it elsewhere, so
+            # that the interpreter's flush at exit does not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(error.__cause__ or error, BrokenPipeError):
             print(f"operator_db: {_terminal_safe(error)}", file=sys.stderr)
