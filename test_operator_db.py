@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import contextvars
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -48,18 +50,17 @@ import traceback
 import tracemalloc
 import unicodedata
 import unittest
-from array import array
 from base64 import b64decode, b64encode
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum, Flag
-from functools import partial
+from functools import cached_property, partial
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 from zlib import crc32
 
@@ -240,8 +241,9 @@ def content_of(path: str) -> list[bytes]:
 # ==== Threads, programs, files ====================================================================
 
 
-def run_in_threads(*actions: Callable[[], object]) -> None:
-    """Run the actions at the same time; raise the first error of any."""
+@contextmanager
+def in_background(*actions: Callable[[], object]) -> Iterator[None]:
+    """Run the actions in threads beside the block; wait for them, and raise their first error."""
     errors: list[BaseException] = []
 
     def run(action: Callable[[], object]) -> None:
@@ -253,6 +255,7 @@ def run_in_threads(*actions: Callable[[], object]) -> None:
     threads = [threading.Thread(target=run, args=(action,), daemon=True) for action in actions]
     for thread in threads:
         thread.start()
+    yield
     for thread in threads:
         thread.join(15)
         if thread.is_alive():
@@ -261,14 +264,10 @@ def run_in_threads(*actions: Callable[[], object]) -> None:
         raise errors[0]
 
 
-@contextmanager
-def in_background(*actions: Callable[[], object]) -> Iterator[None]:
-    """Run the actions in threads beside the block; wait for them at its end, and raise an error."""
-    with ThreadPoolExecutor(len(actions)) as pool:
-        running = [pool.submit(action) for action in actions]
-        yield
-        for each in running:
-            each.result(15)
+def run_in_threads(*actions: Callable[[], object]) -> None:
+    """Run the actions at the same time; raise the first error of any."""
+    with in_background(*actions):
+        pass
 
 
 @contextmanager
@@ -280,24 +279,20 @@ def open_block(db: OperatorDb, *task_ids: str) -> Iterator[Callable[[], None]]:
         with db.transaction():
             store_tasks(db, *task_ids)
             inside.set()
-            if not leave.wait(15):
-                raise AssertionError("nobody ended the block")
+            leave.wait(15)
 
     with in_background(hold):
-        if not inside.wait(15):
-            raise AssertionError("the block was never entered")
+        inside.wait(15)
         try:
             yield leave.set
         finally:
             leave.set()
 
 
-def run_program(
-    program: str, *arguments: str, wrap: tuple[str, ...] = (), **options: Any
-) -> subprocess.CompletedProcess[str]:
+def run_program(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a program text in a new interpreter, with `sys` and our public names imported."""
     text = f"import sys; sys.path.insert(0, {str(HERE)!r}); from operator_db import *\n{program}"
-    command = [*wrap, sys.executable, "-W", "ignore", "-c", text, *arguments]
+    command = [sys.executable, "-W", "ignore", "-c", text, *arguments]
     defaults = {"capture_output": True, "text": True, "timeout": 20}
     return subprocess.run(command, check=False, **{**defaults, **options})
 
@@ -344,6 +339,7 @@ class Child:
             os.close(reader)
             self.alive.clear()
             sys.settrace(None)  # coverage slows the child down, and is not collected from it
+            sys.setprofile(None)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(int(seconds))
 
@@ -381,6 +377,10 @@ class Child:
         """Kill the child with SIGKILL so many seconds from now, and return what it had said."""
         select.select([], [], [], after)
         os.kill(self.pid, signal.SIGKILL)
+        return self.last_words()
+
+    def last_words(self) -> list[str]:
+        """Wait for the child's end and return what it had said by then."""
         said = self.lines.read().split("\n")[:-1]  # a line cut short was not said
         self.reap()
         failed = [json.loads(line[1:]) for line in said if line.startswith("!")]
@@ -460,48 +460,53 @@ def interrupt_when(part: float) -> Callable[[int, int], None]:
 
 def interrupt_at_random(action: Callable[[], object], longest: float, times: int) -> int:
     """Interrupt an action at random moments, as Ctrl-C would; return how often that struck."""
-    rng, struck, armed = random.Random(8), 0, False
-
-    def ring(*_: object) -> None:
-        if armed:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, ring)
+    rng, struck = random.Random(8), 0
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     for _ in range(times):
         try:
             signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.00002, longest))
-            armed = True
             action()
-            armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
-            armed = False
             struck += 1
-        signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
     return struck
 
 
 @contextmanager
-def interrupt_at_call(number: int) -> Iterator[Callable[[], int]]:
-    """Raise KeyboardInterrupt at one of the module's calls, or returns from C, in this thread.
+def at_each_call(action: Callable[[], object]) -> Iterator[Callable[[], int]]:
+    """Act at each call and return from C, of the module and its with statements, in this thread.
 
-    The block is given a function that tells how many there have been; -1 only counts them.
+    The block is given a function that tells how many there have been.
     """
-    count = 0
+    count, files = 0, (operator_db.__file__, contextlib.__file__)
 
-    def strike(frame: Any, event: str, _: object) -> None:
+    def look(frame: Any, event: str, _: object) -> None:
         nonlocal count
-        if event in ("call", "c_return") and frame.f_code.co_filename == operator_db.__file__:
+        if event in ("call", "c_return") and frame.f_code.co_filename in files:
             count += 1
-            if count == number:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
+            action()
 
-    sys.setprofile(strike)
+    sys.setprofile(look)
     try:
         yield lambda: count
     finally:
         sys.setprofile(None)
+
+
+@contextmanager
+def interrupt_at_call(number: int, *, kill: bool = False) -> Iterator[Callable[[], int]]:
+    """Raise KeyboardInterrupt at one of those calls, or kill this process; -1 only counts them."""
+
+    def strike() -> None:
+        if calls() == number:
+            if kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    with at_each_call(strike) as calls:
+        yield calls
 
 
 @contextmanager
@@ -531,20 +536,21 @@ class FaultDriver:
     be able to write. Time stands still, so that the verb makes the same of each copy.
     """
 
-    FAULTS = ("kill", "full disk", "interrupt")
+    FAULTS: ClassVar[dict[str, Callable[[int], AbstractContextManager[object]]]] = {
+        "kill": partial(interrupt_at_call, kill=True),
+        "full disk": file_size_limit,
+        "interrupt": interrupt_at_call,
+    }
 
     def __init__(self, test: DatabaseTest, verb: Verb, *, tries: int = 10) -> None:
         self.test, self.verb, self.tries, self.rng = test, verb, tries, random.Random(3)
         self.path, self.outcomes = test.path, Counter[str]()
         self.image = read_bytes(self.path)  # nobody has it open
-        self.before, began = content_of(self.path), time.monotonic()
-        self.run()
-        self.seconds, self.after = time.monotonic() - began, content_of(self.path)
-        test.assertNotEqual(self.before, self.after, "the verb changes nothing")
-
-    def run(self) -> None:
+        self.before = content_of(self.path)
         with OperatorDb(self.path) as db:
-            self.verb(db)
+            verb(db)
+        self.after = content_of(self.path)
+        test.assertNotEqual(self.before, self.after, "the verb changes nothing")
 
     def put_back(self) -> None:
         """Make the file what it was before the verb; remove what a killed process left."""
@@ -556,75 +562,58 @@ class FaultDriver:
     def go(self, *faults: str) -> Counter[str]:
         """Try these faults, or all; count how often each left the file as before, and as after."""
         for fault in faults or self.FAULTS:
-            {"kill": self.kill, "full disk": self.fill_disk, "interrupt": self.interrupt}[fault]()
+            for number in self.sizes() if fault == "full disk" else self.calls():
+                self.put_back()
+                said = Child(partial(self.use_verb, fault, number)).last_words()
+                self.judge(fault, said)
         self.put_back()
         return self.outcomes
 
-    def judge(self, fault: str, acknowledged: bool, *others: str) -> None:
+    def sizes(self) -> list[int]:
+        """Return sizes of files, from nothing to more than enough."""
+        size = max(len(self.image), sum(map(len, self.after)))
+        return [size * 2 * n // self.tries for n in range(self.tries)]
+
+    def calls(self) -> list[int]:
+        """Choose among the calls of the module that the verb makes, and add the one after them."""
+
+        def count() -> int:
+            with OperatorDb(self.path) as db, interrupt_at_call(-1) as calls:
+                self.verb(db)
+                return calls()
+
+        self.put_back()
+        total = in_child(count)
+        return sorted({*(self.rng.randrange(1, total) for _ in range(self.tries - 1)), total + 1})
+
+    def use_verb(self, fault: str, number: int, say: Say) -> None:
+        """Use the verb under a fault, and store something more unless that is the end."""
+        kept: list[BaseException] = []  # and with it all frames that it passed through
+        with OperatorDb(self.path, timeout=2) as db:
+            try:
+                with self.FAULTS[fault](number):
+                    self.verb(db)
+                    say("acknowledged")
+                    if fault == "kill":
+                        os.kill(os.getpid(), signal.SIGKILL)
+            except KeyboardInterrupt as error:
+                kept.append(error)
+            except StorageError as error:
+                self.test.assertEqual(fault, "full disk")
+                self.test.assertIn(self.path, str(error))
+            store_tasks(db, "afterwards")
+            say("went on")
+
+    def judge(self, fault: str, said: list[str]) -> None:
         """Fail unless the file holds all or nothing of the verb, and what was stored afterwards."""
         self.test.assert_sound()
         found = content_of(self.path)
-        beside = [line for line in found if json.loads(line)["record"].get("task_id") in others]
-        self.test.assertEqual(len(beside), len(others), f"{fault}: a later write is lost")
-        found = [line for line in found if line not in beside]
-        wanted = (self.after,) if acknowledged else (self.before, self.after)
+        more = [line for line in found if json.loads(line)["record"].get("task_id") == "afterwards"]
+        self.test.assertEqual(len(more), said.count("went on"), f"{fault}: a later write is lost")
+        found = [line for line in found if line not in more]
+        wanted = (self.after,) if "acknowledged" in said else (self.before, self.after)
         self.test.assertTrue(found in wanted, f"{fault}: {found} is neither before nor after")
         self.outcomes[f"{fault}: {'after' if found == self.after else 'before'}"] += 1
-
-    def kill(self) -> None:
-        def work(say: Say) -> None:
-            say("begin")
-            self.run()
-            say("acknowledged")
-
-        for _ in range(self.tries):
-            self.put_back()
-            child = Child(work)
-            child.line()
-            said = child.kill(after=self.rng.uniform(0, self.seconds * 1.3))
-            self.judge("kill", "acknowledged" in said)
-
-    def fill_disk(self) -> None:
-        def work(limit: int) -> bool:
-            with OperatorDb(self.path) as db:
-                acknowledged = True
-                try:
-                    with file_size_limit(limit):
-                        self.verb(db)
-                except StorageError as error:
-                    acknowledged = False
-                    self.test.assertIn(self.path, str(error))
-                store_tasks(db, "room again")
-            return acknowledged
-
-        size = max(len(self.image), sum(map(len, self.after)))
-        for n in range(self.tries):
-            self.put_back()
-            limit = size * 2 * n // self.tries
-            self.judge("full disk", in_child(partial(work, limit)), "room again")
-
-    def interrupt(self) -> None:
-        def calls() -> int:
-            self.put_back()
-            with OperatorDb(self.path) as db, interrupt_at_call(-1) as so_far:
-                self.verb(db)
-                return so_far()
-
-        def work(number: int) -> bool:
-            kept: list[BaseException] = []  # and with it all frames that it passed through
-            with OperatorDb(self.path, timeout=2) as db:
-                try:
-                    with interrupt_at_call(number):
-                        self.verb(db)
-                except KeyboardInterrupt as error:
-                    kept.append(error)
-                store_tasks(db, "afterwards")
-            return not kept
-
-        total = in_child(calls)
-        for number in sorted({self.rng.randrange(1, total + 2) for _ in range(self.tries)}):
-            self.put_back()
-            self.judge("interrupt", in_child(partial(work, number)), "afterwards")
 
 
 # ==== The base of every class =====================================================================
@@ -651,6 +640,11 @@ class DatabaseTest(unittest.TestCase):
         self.addCleanup(lambda: [os.kill(pid, signal.SIGKILL) for pid in Child.alive])
         self.addCleanup(signal.alarm, 0)
         signal.alarm(self.seconds)
+
+    @cached_property
+    def db(self) -> OperatorDb:
+        """The test's own database, opened when it is first used."""
+        return self.open()
 
     def beside(self, name: str) -> str:
         """Return a path in the test's folder."""
@@ -750,36 +744,15 @@ class DatabaseTest(unittest.TestCase):
             return FaultDriver(self, verb, tries=tries).go(*faults)
 
 
+# ==== Records and namespaces ======================================================================
+
+
 def nested(levels: int) -> list[Any]:
     """Return lists within each other, so many levels deep."""
     value: list[Any] = []
     for _ in range(levels - 1):
         value = [value]
     return value
-
-
-def values_without_a_json_form() -> dict[str, Any]:
-    """Return what a free-form field cannot store, by what is wrong with it."""
-    circular_list: list[Any] = []
-    circular_list.append(circular_list)
-    circular_dict: dict[str, Any] = {}
-    circular_dict["again"] = circular_dict
-    return {
-        "101 levels": nested(101),
-        "5,000 levels": nested(5000),
-        "a list that holds itself": circular_list,
-        "a dict that holds itself": circular_dict,
-        "an int of 5,001 digits": 10**5000,
-        "not a number": float("nan"),
-        "infinity": float("inf"),
-        "half a surrogate pair": "\ud800",
-        "half a surrogate pair as a key": {"\ud800": 1},
-        "a number as a key": {1: 2},
-        "a tuple": (1,),
-        "a set": {"a"},
-        "bytes": b"x",
-        "an object": object(),
-    }
 
 
 class InvalidRecordsAreRefused(DatabaseTest):
@@ -792,6 +765,7 @@ class InvalidRecordsAreRefused(DatabaseTest):
         SessionState: {"session_id": "s"},
         VerificationLog: {"task_id": "t", "outputs": b"result"},
         OperatorConfig: {},
+        PairedDevice: {"device_id": "d"},
     }
 
     NOT_TEXT_OR_NONE = ("\ud800", 7, b"a", ["a"])
@@ -799,10 +773,13 @@ class InvalidRecordsAreRefused(DatabaseTest):
     UNPRINTABLE = (*"\n\0\x1b\x7f\u202e\ufeff", " \t", "a\nb", "a\0", "a\0b", "a\u202eb")
     NOT_AN_ID = (*NOT_TEXT, "", *UNPRINTABLE)
     NOT_BYTES = ("text", None, bytearray(b"x"), [1])
-    NOT_A_STATUS = ("nonsense", "", 3, None, b"claimed")
+    NOT_A_STATUS_OR_NONE = ("nonsense", "", 3, False, b"claimed")
+    NOT_A_STATUS = (*NOT_A_STATUS_OR_NONE, None)
     NOT_A_TIME_OR_NONE = (True, False, 1.5, "1", 2**63, -(2**63) - 1)
     NOT_A_TIME = (*NOT_A_TIME_OR_NONE, None)
     NOT_AN_AMOUNT = (-1, 2**64, True, False, 1.0, "1")
+    NOT_DAYS = (-1, True, "1", float("nan"), float("inf"))
+    NOT_HEX = ("0" * 64, "AB" * 32, "ab" * 31, "ab" * 33, "zz" * 32, "0x" + "ab" * 31, "")
 
     WRONG: ClassVar[dict[type, dict[str, tuple[Any, ...]]]] = {
         TaskRecord: {
@@ -811,23 +788,13 @@ class InvalidRecordsAreRefused(DatabaseTest):
             "status": NOT_A_STATUS,
             "claimed_at": NOT_A_TIME,
             "completed_at": NOT_A_TIME_OR_NONE,
-            "on_chain_signature": NOT_TEXT_OR_NONE,
-            "description": NOT_TEXT_OR_NONE,
             "reward_lamports": NOT_AN_AMOUNT,
             "reward_skr_tokens": NOT_AN_AMOUNT,
-            "creator": NOT_TEXT_OR_NONE,
+            **dict.fromkeys(("on_chain_signature", "description", "creator"), NOT_TEXT_OR_NONE),
             "history": (None, (), [1], ["claimed"], [None]),
         },
-        StatusChange: {
-            "status": NOT_A_STATUS,
-            "at": NOT_A_TIME,
-            "signature": NOT_TEXT_OR_NONE,
-        },
-        TranscriptEntry: {
-            "role": NOT_TEXT,
-            "content": NOT_TEXT,
-            "timestamp": NOT_A_TIME,
-        },
+        StatusChange: {"status": NOT_A_STATUS, "at": NOT_A_TIME, "signature": NOT_TEXT_OR_NONE},
+        TranscriptEntry: {"role": NOT_TEXT, "content": NOT_TEXT, "timestamp": NOT_A_TIME},
         SessionState: {
             "session_id": NOT_AN_ID,
             "transcript": (None, (), ["text"], [None]),
@@ -838,11 +805,9 @@ class InvalidRecordsAreRefused(DatabaseTest):
         },
         VerificationLog: {
             "task_id": NOT_AN_ID,
-            "outputs": NOT_BYTES,
-            "inputs": NOT_BYTES,
-            "proof": NOT_BYTES,
-            "proof_hash": ("", "0" * 64, "AB" * 32, "a" * 63, b"a" * 64),
-            "result_data": (b"", bytes(64), b"x" * 63, "x" * 64),
+            **dict.fromkeys(("inputs", "outputs", "proof"), NOT_BYTES),
+            "proof_hash": (*NOT_HEX, b"a" * 64, 5),
+            "result_data": (b"", bytes(64), b"x" * 63, b"x" * 65, "x" * 64, 5),
             "timestamp": NOT_A_TIME,
             "submitted": (0, 1, None, "yes"),
             "submission_signature": NOT_TEXT_OR_NONE,
@@ -855,48 +820,41 @@ class InvalidRecordsAreRefused(DatabaseTest):
             "wallet_pubkey": NOT_TEXT_OR_NONE,
             "network": NOT_TEXT_OR_NONE,
         },
+        PairedDevice: {
+            "device_id": NOT_TEXT,
+            "last_seen": (True, 1.0, "1", None),
+            "status": NOT_TEXT,
+            "token": NOT_TEXT,
+            "colour": (2, "red", "RED", Rights.READ),
+            "part": ("x", {"name": "x"}),
+            "parts": (None, [None], (Part("x"),)),
+            "by_name": (None, {1: b""}, {"a": "text"}, {"\ud800": b""}),
+            "ratio": (float("nan"), float("inf"), "1", True, None),
+            "trusted": (0, 1, None, "true"),
+            "anything": ((1,), {1: 2}, b"x"),
+        },
     }
 
     def test_a_field_of_a_wrong_type_or_range_is_refused_by_name(self) -> None:
+        put = devices_of(self.db).put  # a custom record is checked when it is stored
         for record_type, wrong in self.WRONG.items():
             settable = {each.name for each in dataclasses.fields(record_type) if each.init}
             self.assertEqual(set(wrong), settable, "every field is tried")
             for name, values in wrong.items():
                 for value in values:
                     make = partial(record_type, **{**self.REQUIRED[record_type], name: value})
+                    call = partial(put, make()) if record_type is PairedDevice else make
                     with self.subTest(record_type.__name__, field=name, value=value):
-                        error = self.assert_refused(InvalidRecordError, make, type(value).__name__)
+                        error = self.assert_refused(InvalidRecordError, call, type(value).__name__)
                         self.assertRegex(str(error), rf"\b{record_type.__name__}\b.*\b{name}\b")
+        self.assertEqual(exported(self.db), [])
 
     def test_a_long_value_is_cut_in_the_message(self) -> None:
-        cases = (
-            ("payload", "x" * 10**6, "str"),
-            ("description", b"x" * 10**6, "bytes"),
-            ("history", dict.fromkeys(range(10**5)), "dict"),
-            ("creator", nested(5000), "list"),
-            ("reward_lamports", 10**5000, "int"),
-        )
-        for name, value, type_name in cases:
-            make = partial(TaskRecord, **{"task_id": "t", name: value})
-            with self.subTest(name):
-                error = self.assert_refused(InvalidRecordError, make, name, type_name)
-                self.assertLess(len(str(error)), 400)
-
-    def test_a_submission_signature_needs_a_proof_that_is_submitted(self) -> None:
-        make = partial(proof, "t", submission_signature="signature")
-        self.assert_refused(InvalidRecordError, make, "submission_signature", "submitted")
-        self.assertTrue(make(submitted=True).submitted)
-
-    def test_a_secret_of_a_wrong_type_is_not_shown(self) -> None:
-        cases = (
-            ("keypairs", {"main": SECRET.encode()}),
-            ("keypairs", [SECRET]),
-            ("rpc_endpoints", f"https://{SECRET}"),
-        )
-        for name, value in cases:
-            make = partial(OperatorConfig, **{name: value})
-            with self.subTest(name, type=type(value)):
-                self.assert_refused(InvalidRecordError, make, "OperatorConfig", name, "***")
+        long = ("x" * 10**6, b"x" * 10**6, dict.fromkeys(range(10**5)), nested(5000), 10**5000)
+        for value in long:
+            with self.subTest(type(value)):
+                make = partial(TaskRecord, task_id="t", history=value)
+                self.assert_refused(InvalidRecordError, make, "history", type(value).__name__)
 
     def test_a_status_may_be_spelled_as_the_prototype_or_the_command_line_spells_it(self) -> None:
         for status in TaskStatus:
@@ -907,197 +865,149 @@ class InvalidRecordsAreRefused(DatabaseTest):
                     self.assertIs(TaskStatus(text), status)
                     self.assertIs(TaskRecord(task_id="t", status=text).status, status)
 
-    def test_only_ids_a_transcripts_words_and_a_proofs_outputs_are_required(self) -> None:
-        for record_type, required in self.REQUIRED.items():
-            with self.subTest(record_type.__name__):
-                self.assertIsInstance(record_type(**required), record_type)
-                for missing in required:
-                    others = {name: value for name, value in required.items() if name != missing}
-                    self.assertRaises(TypeError, record_type, **others)
-
-    def test_fields_are_given_by_name(self) -> None:
+    def test_fields_are_given_by_name_and_only_those_without_a_default_are_required(self) -> None:
         for record_type, required in self.REQUIRED.items():
             with self.subTest(record_type.__name__):
                 self.assertRaises(TypeError, record_type, *required.values(), "one more")
-
-    def test_times_default_to_now_and_what_is_absent_is_none(self) -> None:
+                for missing in required:
+                    others = {name: value for name, value in required.items() if name != missing}
+                    self.assertRaises(TypeError, record_type, **others)
         with mock.patch("time.time", return_value=1000.9):
-            task, session = TaskRecord(task_id="t"), SessionState(session_id="s")
-            change = StatusChange(status=TaskStatus.DISPUTED)
-            entry = TranscriptEntry(role="user", content="")
-            log = VerificationLog(task_id="t", outputs=b"")
+            task, change, entry, session, log, *_ = (
+                record_type(**required) for record_type, required in self.REQUIRED.items()
+            )
         self.assertEqual((task.claimed_at, session.created_at, session.last_active), (1000,) * 3)
         self.assertEqual((change.at, entry.timestamp, log.timestamp), (1000,) * 3)
-        self.assertEqual((task.status, task.payload), (TaskStatus.CLAIMED, b""))
-        absent = (task.completed_at, task.reward_lamports, task.reward_skr_tokens)
-        self.assertEqual(absent, (None, None, None))
+        self.assertEqual((task.status, task.payload, task.completed_at), ("claimed", b"", None))
+        self.assertEqual((task.reward_lamports, task.reward_skr_tokens), (None, None))
 
     def test_a_record_is_checked_again_when_it_is_stored(self) -> None:
-        db = self.open()
-        task = TaskRecord(task_id="t")
+        task, session = TaskRecord(task_id="t"), SessionState(session_id="s")
+        config, deep = OperatorConfig(), nested(5000)
         task.reward_lamports = -1
-        session = SessionState(session_id="s")
         session.transcript.append("no entry")
-        config = OperatorConfig()
         config.keypairs["main"] = 5
         cases = (
-            ("a task that was changed", db.store_task, task, "reward_lamports"),
-            ("a session that was changed", db.store_session, session, "transcript"),
-            ("a configuration that was changed", db.store_config, config, "keypairs"),
-            ("a session as a task", db.store_task, SessionState(session_id="s"), "TaskRecord"),
-            ("lists as a task", db.store_task, nested(5000), "TaskRecord"),
-            ("None as a task", db.store_task, None, "TaskRecord"),
-            ("None as a session", db.store_session, None, "SessionState"),
-            ("None as a proof", db.store_proof, None, "VerificationLog"),
-            ("None as a configuration", db.store_config, None, "OperatorConfig"),
+            (self.db.store_task, task, "TaskRecord.reward_lamports"),
+            (self.db.store_session, session, "SessionState.transcript"),
+            (self.db.store_config, config, "OperatorConfig.keypairs"),
+            *((self.db.store_task, odd, "TaskRecord") for odd in (None, session, deep)),
+            *((self.db.store_session, odd, "SessionState") for odd in (None, task, deep)),
+            *((self.db.store_proof, odd, "VerificationLog") for odd in (None, task, deep)),
+            *((self.db.store_config, odd, "OperatorConfig") for odd in (None, task, deep)),
         )
-        for label, store, record, word in cases:
-            with self.subTest(label):
+        for store, record, word in cases:
+            with self.subTest(word, given=type(record)):
                 self.assert_refused(InvalidRecordError, partial(store, record), word)
-        self.assertEqual(exported(db), [])
+        self.assertEqual(exported(self.db), [])
 
     def test_a_free_form_value_that_json_would_change_or_that_is_too_deep_is_refused(self) -> None:
-        db = self.open()
-        for label, value in values_without_a_json_form().items():
-
-            def store(value: Any = value) -> None:
-                db.store_config(OperatorConfig(model_preferences={"odd": value}))
-
-            with self.subTest(label):
+        devices = devices_of(self.db)
+        circular: dict[str, Any] = {}
+        circular["again"] = [circular]
+        values = (
+            *(nested(101), nested(5000), circular, {"\ud800": 1}, {1: 2}, (1,), {"a"}, object()),
+            *("\ud800", b"x", 10**5000, float("nan"), float("inf")),
+        )
+        for number, value in enumerate(values):
+            config, device = OperatorConfig(), PairedDevice(device_id="d", anything=value)
+            config.model_preferences["odd"] = value
+            store, put = partial(self.db.store_config, config), partial(devices.put, device)
+            with self.subTest(type(value).__name__, number=number):
                 self.assert_refused(InvalidRecordError, store, "OperatorConfig")
-        self.assertIsNone(db.get_config())
-        self.assert_sound()
+                self.assert_refused(InvalidRecordError, put, "PairedDevice")
+        self.assertEqual(exported(self.db), [])
 
-    def test_an_id_that_is_not_printable_text_is_refused_by_every_verb(self) -> None:
+    def test_an_argument_that_is_nonsense_is_refused_by_every_verb(self) -> None:
         db = self.open()
         devices = devices_of(db)
-        verbs: dict[str, Callable[[Any], object]] = {
-            "get_task": db.get_task,
-            "store_task": lambda name: db.store_task(TaskRecord(task_id=name)),
-            "update_task_status": lambda name: db.update_task_status(name, "completed"),
-            "complete_task": lambda name: db.complete_task(name, proof(name)),
-            "get_session": db.get_session,
-            "transcript": db.transcript,
-            "append_transcript": lambda name: db.append_transcript(name, "user", "hello"),
-            "append_command": lambda name: db.append_command(name, "status"),
-            "link_task, a session": lambda name: db.link_task(name, "t"),
-            "link_task, a task": lambda name: db.link_task("s", name),
-            "unlink_task": lambda name: db.unlink_task(name, "t"),
-            "get_proof": db.get_proof,
-            "store_proof": lambda name: db.store_proof(proof(name)),
-            "mark_proof_submitted": lambda name: db.mark_proof_submitted(name, "signature"),
-            "dispute_bundle": db.dispute_bundle,
-            "get": devices.get,
-            "put": lambda name: devices.put(PairedDevice(device_id=name)),
-            "update": lambda name: devices.update(name, lambda device: device),
-        }
-        # what another program has stored under any text can be deleted
-        deletions: dict[str, Callable[[Any], object]] = {
-            "delete_task": db.delete_task,
-            "delete_session": db.delete_session,
-            "delete_proof": db.delete_proof,
-            "delete": devices.delete,
-        }
-        for (verb, call), name in (
-            *itertools.product(verbs.items(), self.NOT_AN_ID),
-            *itertools.product(deletions.items(), self.NOT_TEXT),
-        ):
-            with self.subTest(verb, id=name):
-                self.assert_refused(InvalidRecordError, partial(call, name), repr(name))
-        self.assertEqual(exported(db), [])
-
-    def test_an_argument_that_is_nonsense_is_refused(self) -> None:
-        db = self.open()
-        devices, tallies, deep = devices_of(db), tallies_of(db), nested(5000)
-        store_tasks(db, "t")
+        store_tasks(db, "t", status="completed", claimed_at=0)  # a prune would take it
         db.store_proof(proof("t"))
-        cases: tuple[tuple[str, Callable[[], object], str], ...] = (
-            ("half a surrogate pair as a status", lambda: devices.list("\ud800"), "status"),
-            (
-                "half a surrogate pair as a status of a walk",
-                lambda: list(devices.keys("\ud800")),
-                "status",
-            ),
-            ("lists as a status", lambda: devices.count(deep), "status"),
-            ("lists as a task's status", lambda: db.list_tasks(deep), "status"),
-            ("an empty status of a task", lambda: db.list_tasks(""), "''"),
-            ("False as a task's status", lambda: db.list_tasks(False), "False"),
-            ("an unknown status", lambda: db.update_task_status("t", "odd"), "'odd'"),
-            ("an unknown status of a walk", lambda: list(db.iter_tasks("odd")), "'odd'"),
-            (
-                "an unknown status that is expected",
-                lambda: db.update_task_status("t", "completed", expected="odd"),
-                "'odd'",
-            ),
-            ("text as a time", lambda: db.update_task_status("t", "resolved", at="now"), "now"),
-            ("an empty signature", lambda: db.mark_proof_submitted("t", ""), "''"),
-            (
-                "an empty signature of a status change",
-                lambda: db.update_task_status("t", "resolved", signature=""),
-                "''",
-            ),
-            ("text as a flag", lambda: db.list_proofs(submitted="yes"), "submitted"),
-            ("a negative limit", lambda: db.list_tasks(limit=-1), "limit"),
-            ("True as a limit", lambda: db.list_proofs(limit=True), "limit"),
-            ("text as a limit", lambda: devices.list(limit="3"), "limit"),
-            ("a negative number of entries", lambda: db.transcript("s", last=-1), "last"),
-            ("a negative age", lambda: db.prune(task_days=-1), "-1"),
-            ("an age that is not a number", lambda: db.prune(task_days=float("nan")), "nan"),
-            ("text as an age", lambda: devices.prune("3"), "'3'"),
-            ("an age where records have none", lambda: tallies.prune(1), "tallies"),
-            ("None as a role", lambda: db.append_transcript("s", None, "hello"), "role"),
-            ("None as a command", lambda: db.append_command("s", None), "None"),
-            ("None as a proof", lambda: db.complete_task("t", None), "VerificationLog"),
+        wrong: dict[str, tuple[Any, ...]] = {
+            **dict.fromkeys(("task_id", "session_id", "record_id"), self.NOT_AN_ID),
+            **dict.fromkeys(("status", "expected"), self.NOT_A_STATUS_OR_NONE),
+            **dict.fromkeys(("at", "timestamp"), self.NOT_A_TIME_OR_NONE),
+            **dict.fromkeys(("role", "content", "command"), self.NOT_TEXT),
+            **dict.fromkeys(("limit", "last"), (-1, True, 1.5, "1")),
+            **dict.fromkeys(("days", "task_days", "session_days", "proof_days"), self.NOT_DAYS),
+            "signature": ("", "a\n", 5),
+            "submitted": ("yes", 1),
+            "proof": (None, "proof", TaskRecord(task_id="t")),
+        }
+        task, session = {"task_id": "t"}, {"session_id": "s"}
+        move, say = {**task, "status": "resolved"}, {**session, "role": "user", "content": "hello"}
+        change = {"record_id": "d", "change": lambda record: record}
+        verbs: tuple[tuple[Callable[..., object], dict[str, Any], str], ...] = (
+            (db.get_task, {}, "task_id"),
+            (db.list_tasks, {}, "status limit"),
+            (db.list_tasks_by_status, {}, "status"),
+            (db.iter_tasks, {}, "status"),
+            (db.update_task_status, move, "task_id status signature at expected"),
+            (db.complete_task, {**task, "proof": proof("t")}, "proof"),
+            (db.get_session, {}, "session_id"),
+            (db.list_sessions, {}, "limit"),
+            (db.append_transcript, say, "session_id role content timestamp"),
+            (db.append_command, {**session, "command": "status"}, "session_id command"),
+            (db.transcript, session, "session_id last"),
+            (db.link_task, {**session, **task}, "session_id task_id"),
+            (db.unlink_task, {**session, **task}, "session_id"),
+            (db.get_proof, {}, "task_id"),
+            (db.list_proofs, {}, "submitted limit"),
+            (db.mark_proof_submitted, {**task, "signature": "signature"}, "task_id signature"),
+            (db.dispute_bundle, {}, "task_id"),
+            (db.prune, {}, "task_days session_days proof_days"),
+            (devices.get, {}, "record_id"),
+            (devices.update, change, "record_id"),
+            (devices.list, {}, "limit"),
+            (devices.prune, {}, "days"),
         )
+        words = {"expected": "status", "proof": "VerificationLog"}
         with self.assert_unchanged():
-            for label, call, word in cases:
-                with self.subTest(label):
-                    self.assert_refused(InvalidRecordError, call, word)
+            for verb, valid, names in verbs:
+                for name in names.split():
+                    word = words.get(name, name.split("_")[-1])
+                    for value in wrong[name]:
+                        with self.subTest(verb.__name__, **{name: value}):
+                            call = partial(verb, **{**valid, name: value})
+                            self.assert_refused(InvalidRecordError, call, word)
+            # what another program has stored under any text can be deleted
+            for delete in (db.delete_task, db.delete_session, db.delete_proof, devices.delete):
+                for value in self.NOT_TEXT:
+                    with self.subTest(delete.__name__, id=value):
+                        self.assert_refused(InvalidRecordError, partial(delete, value), "id")
+            for status in ("\ud800", 5, nested(5000)):
+                for ask in (devices.list, devices.count, lambda each: list(devices.keys(each))):
+                    with self.subTest(ask.__name__, status=type(status)):
+                        self.assert_refused(InvalidRecordError, partial(ask, status), "status")
+            self.assert_refused(InvalidRecordError, lambda: tallies_of(db).prune(1), "tallies")
 
 
 class RecordsReadBackAsTheyWereStored(DatabaseTest):
     """What is read is what was stored, whatever is in it, and whoever reads the row."""
 
-    TEXT = '\0\x1f"\\/ é 漢字 \U0001f600 \u202e \ufeff \u2028'
-
-    def assert_no_default(self, record: Any) -> None:
-        """Fail when a field has its default, which would read back even if it were not stored."""
-        for each in dataclasses.fields(record):
-            factory = each.default_factory
-            default = each.default if factory is dataclasses.MISSING else factory()
-            self.assertNotEqual(getattr(record, each.name), default, each.name)
-
-    def test_every_field_of_our_records_reads_back(self) -> None:
-        text = self.TEXT
+    def test_every_field_reads_back(self) -> None:
+        text = '\0\x1f"\\/ é 漢字 \U0001f600 \u202e \ufeff \u2028'
         task = TaskRecord(
             task_id="tasks:%00'\"; DROP TABLE tasks; --",
             payload=bytes(range(256)),
             status=TaskStatus.RESOLVED,
             claimed_at=-(2**63),
             completed_at=2**63 - 1,
-            on_chain_signature=text,
-            description=text,
             reward_lamports=2**64 - 1,
             reward_skr_tokens=0,
-            creator=text,
-            history=[
-                StatusChange(status=status, at=n - 3, signature=text)
-                for n, status in enumerate(TaskStatus)
-            ],
+            history=[StatusChange(status=status, at=-3, signature=text) for status in TaskStatus],
+            **dict.fromkeys(("on_chain_signature", "description", "creator"), text),
         )
         session = SessionState(
             session_id="s:1",
-            transcript=[
-                TranscriptEntry(role=text, content=text, timestamp=-5),
-                TranscriptEntry(role="", content=""),
-            ],
+            transcript=[TranscriptEntry(role=text, content=text, timestamp=-5)],
             command_history=[text, ""],
             active_task_ids=["a", "é:%"],
             created_at=1,
             last_active=2,
         )
         log = VerificationLog(
-            task_id="t",
+            task_id="t:%",
             inputs=b"\0",
             outputs=b"\xff",
             proof=b"p",
@@ -1115,59 +1025,44 @@ class RecordsReadBackAsTheyWereStored(DatabaseTest):
             wallet_pubkey=DEVNET_WORKER,
             network="devnet",
         )
-        for record in (task, session, log, config):
-            self.assert_no_default(record)
+        device = PairedDevice(
+            device_id="d:%",
+            last_seen=-(2**63),
+            status="",
+            token=text,
+            colour=Colour.BLUE,
+            part=Part("é", b"\xff"),
+            parts=[Part("a"), Part("b", b"\0")],
+            by_name={text: b"\0", "": b""},
+            ratio=-0.0,
+            trusted=True,
+            anything={"deep": nested(99), "mixed": [1, None, text, 1e300]},
+        )
+        for record in (task, session, log, config, device):
+            least = type(record)(**InvalidRecordsAreRefused.REQUIRED[type(record)])
+            for each in dataclasses.fields(record):  # a default reads back even if it is lost
+                self.assertNotEqual(getattr(record, each.name), getattr(least, each.name))
         with OperatorDb(self.path) as db:
             db.store_task(task)
             db.store_session(session)
             db.store_proof(log)
             db.store_config(config)
+            devices_of(db).put(device)
         db = self.open()
         self.assertEqual(db.get_task(task.task_id), task)
-        self.assertEqual(list(db.iter_tasks()), [task])
-        self.assertEqual(db.list_tasks(), [task])
-        self.assertEqual(db.get_session("s:1"), session)
-        self.assertEqual(db.list_sessions(), [session])
-        self.assertEqual(db.get_proof("t"), log)
-        self.assertEqual(db.list_proofs(), [log])
+        self.assertEqual((list(db.iter_tasks()), db.list_tasks()), ([task], [task]))
+        self.assertEqual((db.get_session("s:1"), db.list_sessions()), (session, [session]))
+        self.assertEqual((db.get_proof("t:%"), db.list_proofs()), (log, [log]))
         self.assertEqual(db.get_config(), config)
+        found = devices_of(db).get("d:%")
+        self.assertEqual((found, repr(found.ratio)), (device, "-0.0"))
         self.assert_sound()
 
-    def test_every_kind_of_field_of_a_custom_record_reads_back(self) -> None:
-        device = PairedDevice(
-            device_id="d:%",
-            last_seen=-(2**63),
-            status="",
-            token=self.TEXT,
-            colour=Colour.BLUE,
-            part=Part("é", b"\xff"),
-            parts=[Part("a"), Part("b", b"\0")],
-            by_name={self.TEXT: b"\0", "": b""},
-            ratio=-0.0,
-            trusted=True,
-            anything={"deep": nested(99), "mixed": [1, None, self.TEXT, 1e300]},
-        )
-        self.assert_no_default(device)
-        with OperatorDb(self.path) as db:
-            devices_of(db).put(device)
-        read = devices_of(self.open()).get(device.device_id)
-        self.assertEqual(read, device)
-        self.assertEqual(repr(read.ratio), "-0.0")
-
-    def test_a_combination_of_flags_reads_back(self) -> None:
-        fields = [("name", str), ("rights", Rights)]
-        granted_type: Any = dataclasses.make_dataclass("Granted", fields)
-        grants = self.open().namespace("grants", granted_type, key="name")
-        for rights in (Rights.READ, Rights.READ | Rights.WRITE, Rights(0)):
-            grants.put(granted_type("a", rights))
-            self.assertEqual(grants.get("a"), granted_type("a", rights))
-
     def test_payloads_from_nothing_to_64_mib_read_back(self) -> None:
-        db = self.open()
         for size in (0, 1, 2, 3, 4096, 64 * 2**20):
             task = TaskRecord(task_id=str(size), payload=random.Random(size).randbytes(size))
-            db.store_task(task)
-            self.assertTrue(db.get_task(task.task_id) == task, f"{size} bytes")
+            self.db.store_task(task)
+            self.assertTrue(self.db.get_task(task.task_id) == task, f"{size} bytes")
 
     def test_ids_of_any_printable_characters_never_collide(self) -> None:
         names = [
@@ -1185,59 +1080,55 @@ class RecordsReadBackAsTheyWereStored(DatabaseTest):
             db.append_command(name, f"command {n}")
         for n, name in enumerate(names):
             with self.subTest(name[:30]):
-                task, log, session = db.get_task(name), db.get_proof(name), db.get_session(name)
-                self.assertTrue(task.task_id == log.task_id == session.session_id == name)
-                self.assertEqual((task.claimed_at, log.outputs), (n, b"%d" % n))
-                self.assertEqual([entry.content for entry in session.transcript], [f"said {n}"])
-                self.assertEqual(session.command_history, [f"command {n}"])
+                self.assertEqual(db.get_task(name).claimed_at, n)
+                self.assertEqual(db.get_proof(name).outputs, b"%d" % n)
+                self.assertEqual([each.content for each in db.transcript(name)], [f"said {n}"])
+                self.assertEqual(db.get_session(name).command_history, [f"command {n}"])
         self.assertTrue(task_ids(db) == sorted(names, key=str.encode), "each once, in key order")
         self.assertEqual(db.check(), [])
         for n, name in enumerate(names, 1):
             self.assertTrue(db.delete_task(name) and db.delete_session(name))
             self.assertEqual(db.count_tasks()[TaskStatus.CLAIMED], len(names) - n)
-        self.assertEqual(db.list_sessions(), [])
 
-    def test_a_row_can_be_read_without_this_module(self) -> None:
-        db = self.open()
-        store_tasks(db, "t", payload=b"\xff\xfe", status=TaskStatus.IN_PROGRESS, claimed_at=9)
-        part = Part("é è", b"\xff\xfe")
-        devices_of(db).put(PairedDevice(device_id="d", last_seen=8, colour=Colour.BLUE, part=part))
-        in_task = {"payload": "//4=", "status": "in_progress", "creator": None}
-        in_device = {"colour": "blue", "part": {"name": "é è", "raw": "//4="}, "parts": []}
-        cases = (
-            ("tasks", ("tasks:t", "in_progress", 9), in_task),
-            ("devices", ("devices:d", "paired", 8), in_device),
-        )
-        for table, (wanted_key, wanted_status, wanted_at), fields in cases:
-            with self.subTest(table):
-                ((key, value, status, at, crc),) = self.sql(f"SELECT * FROM {table}")
-                self.assertEqual((key, status, at), (wanted_key, wanted_status, wanted_at))
-                self.assertEqual(crc, crc32(value.encode()))
-                document = json.loads(value)
-                self.assertEqual({name: document[name] for name in fields}, fields)
-                compact = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-                self.assertEqual(value, compact)
-
-    def test_a_record_that_is_read_is_the_one_that_its_constructor_makes(self) -> None:
-        db = self.open()
-        fields = {"task_id": "t", "claimed_at": 5, "on_chain_signature": "accepted"}
-        db.store_task(TaskRecord(**fields))
-        document = json.loads(self.sql("SELECT value FROM tasks")[0][0])
-        self.assertEqual(len(document["history"]), 1)
-        document["history"] = []
+    def test_a_task_stored_without_history_is_read_as_its_constructor_makes_it(self) -> None:
+        store_tasks(self.db, "t", claimed_at=9, on_chain_signature="sig")
+        ((value,),) = self.sql("SELECT value FROM tasks")
+        document = {**json.loads(value), "history": []}
         value = json.dumps(document)
         self.sql("UPDATE tasks SET value = ?, crc = ?", value, crc32(value.encode()))
-        self.assertEqual(db.get_task("t"), TaskRecord(**fields))
-        self.assertEqual(db.list_tasks(), [TaskRecord(**fields)])
+        made = TaskRecord(task_id="t", claimed_at=9, on_chain_signature="sig", history=[])
+        self.assertEqual((self.db.get_task("t"), self.db.list_tasks()), (made, [made]))
+
+    def test_a_row_can_be_read_without_this_module(self) -> None:
+        part = Part("é è", b"\xff\xfe")
+        store_tasks(self.db, "t", payload=part.raw, status="in_progress", claimed_at=9)
+        devices_of(self.db).put(PairedDevice(device_id="d", colour=Colour.BLUE, part=part))
+        in_task = {"payload": "//4=", "status": "in_progress", "creator": None}
+        in_device = {"colour": "blue", "part": {"name": "é è", "raw": "//4="}, "parts": []}
+        for table, columns, fields in (
+            ("tasks", ("tasks:t", "in_progress", 9), in_task),
+            ("devices", ("devices:d", "paired", 0), in_device),
+        ):
+            with self.subTest(table):
+                ((key, value, status, at, crc),) = self.sql(f"SELECT * FROM {table}")
+                self.assertEqual((key, status, at, crc), (*columns, crc32(value.encode())))
+                document = json.loads(value)
+                self.assertEqual({**document, **fields}, document)
+                compact = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+                self.assertEqual(value, compact)
 
 
 class CustomNamespaces(DatabaseTest):
     """Any dataclass of an operator gets what our records have, or is refused with a reason."""
 
+    def declare(self, record_type: Any) -> operator_db.Namespace[Any]:
+        """Return a namespace of this class, with its ids in `name`."""
+        return self.db.namespace(record_type.__name__.lower(), record_type, key="name")
+
     def test_a_custom_namespace_has_every_verb(self) -> None:
-        devices = devices_of(self.open())
+        devices = devices_of(self.db)
         phone = PairedDevice(device_id="phone", last_seen=5)
-        radio = PairedDevice(device_id="radio", last_seen=1, status="lost")
+        radio = PairedDevice(device_id="radio", last_seen=1, status="")
         watch = PairedDevice(device_id="watch", last_seen=3)
 
         self.assertTrue(devices.put(watch))
@@ -1247,22 +1138,22 @@ class CustomNamespaces(DatabaseTest):
         self.assertEqual((devices.get("phone"), devices.get("lamp")), (phone, None))
 
         self.assertEqual(devices.list(), [radio, watch, phone])
-        self.assertEqual(devices.list("paired"), [watch, phone])
+        self.assertEqual((devices.list("paired"), devices.list("")), ([watch, phone], [radio]))
         self.assertEqual(devices.list(newest_first=True, limit=2), [phone, watch])
-        self.assertEqual((devices.count(), devices.count("lost"), devices.count("x")), (3, 1, 0))
-        self.assertEqual(devices.statuses(), ["lost", "paired"])
+        self.assertEqual((devices.count(), devices.count(""), devices.count("x")), (3, 1, 0))
+        self.assertEqual(devices.statuses(), ["", "paired"])
         self.assertEqual(list(devices.keys()), ["phone", "radio", "watch"])
         self.assertEqual(list(devices.values()), [phone, radio, watch])
-        self.assertEqual(list(devices.items("lost")), [("radio", radio)])
+        self.assertEqual(list(devices.items("")), [("radio", radio)])
 
         found = devices.update("radio", lambda device: replace(device, status="paired"))
         self.assertEqual(found, replace(radio, status="paired"))
         self.assertEqual(devices.get("radio"), found)
-        self.assertEqual((devices.count("paired"), devices.count("lost")), (3, 0))
+        self.assertEqual((devices.count("paired"), devices.count("")), (3, 0))
 
         self.assertEqual((devices.delete("radio"), devices.delete("radio")), (True, False))
         devices.put(radio)
-        self.assertEqual((devices.clear("lost"), devices.get("radio")), (1, None))
+        self.assertEqual((devices.clear(""), devices.get("radio")), (1, None))
         self.assertEqual((devices.prune(0, dry_run=True), devices.count()), (2, 2))
         self.assertEqual((devices.prune(0), devices.count()), (2, 0))
         self.assertEqual(list(devices.problems()), [])
@@ -1270,65 +1161,49 @@ class CustomNamespaces(DatabaseTest):
     def test_a_class_evolves_by_its_defaults(self) -> None:
         old_type: Any = dataclasses.make_dataclass("Thing", [("name", str)])
         new_type: Any = dataclasses.make_dataclass("Thing", [("name", str), ("size", int, 3)])
-        db = self.open()
-        db.namespace("things", old_type, key="name").put(old_type("a"))
-        new_things = db.namespace("things", new_type, key="name")
+        self.declare(old_type).put(old_type("a"))
+        new_things = self.declare(new_type)
         self.assertEqual(new_things.get("a"), new_type("a", 3))
         new_things.put(new_type("b", 5))
-        self.assertEqual(db.namespace("things", old_type, key="name").get("b"), old_type("b"))
+        self.assertEqual(self.declare(old_type).get("b"), old_type("b"))
 
-    def test_a_record_is_read_through_its_own_constructor(self) -> None:
-        made: list[str] = []
+    def test_a_frozen_record_with_slots_and_flags_is_read_through_its_constructor(self) -> None:
+        made: list[Rights] = []
 
-        @dataclass
-        class Counted:
+        @dataclass(slots=True, frozen=True)
+        class Grant:
             name: str
+            rights: Rights
 
             def __post_init__(self) -> None:
-                made.append(self.name)
+                made.append(self.rights)
 
-        counted = self.open().namespace("counted", Counted, key="name")
-        counted.put(Counted("a"))
-        made.clear()
-        read = counted.get("a")
-        self.assertEqual((read.name, made), ("a", ["a"]))
-
-    def test_a_class_may_have_slots_and_be_frozen(self) -> None:
-        @dataclass(slots=True, frozen=True)
-        class Slotted:
-            name: str
-
-        slotted = self.open().namespace("slotted", Slotted, key="name")
-        slotted.put(Slotted("a"))
-        self.assertEqual(slotted.get("a"), Slotted("a"))
+        grants = self.declare(Grant)
+        for rights in (Rights.READ, Rights.READ | Rights.WRITE, Rights(0)):
+            grant = Grant("a", rights)
+            grants.put(grant)
+            made.clear()
+            self.assertEqual((grants.get("a"), made), (grant, [rights]))
 
     def test_a_name_may_be_a_word_of_sql(self) -> None:
-        db = self.open()
         tally = Tally(name="one", count=1)
         for name in ("order", "index", "values", "table", "transaction", "select", "a_1", "x" * 48):
             with self.subTest(name):
-                namespace = db.namespace(name, Tally, key="name", status="name", at="count")
+                namespace = self.db.namespace(name, Tally, key="name", status="name", at="count")
                 namespace.put(tally)
                 self.assertEqual((namespace.get("one"), namespace.list("one")), (tally, [tally]))
                 self.assertEqual((list(namespace.values()), namespace.count()), ([tally], 1))
-                self.assertEqual(db.check(), [])
-                self.assertEqual(
-                    (namespace.prune(0, dry_run=True), namespace.delete("one")), (1, True)
-                )
+                self.assertEqual(self.db.check(), [])
+                self.assertEqual(namespace.prune(0, dry_run=True), 1)
+                self.assertTrue(namespace.delete("one"))
 
-    def test_a_status_may_be_empty(self) -> None:
-        devices = devices_of(self.open())
-        device = PairedDevice(device_id="d", status="")
-        devices.put(device)
-        self.assertEqual((devices.get("d"), devices.list("")), (device, [device]))
-        self.assertEqual((devices.count(""), devices.statuses()), (1, [""]))
-        self.assert_sound()
-
-    @contextmanager
-    def assert_no_new_table(self) -> Iterator[None]:
-        """Fail when the schema changes in the block."""
+    def assert_not_declared(
+        self, error: type[OperatorDbError], name: Any, record_type: Any, word: str, **columns: Any
+    ) -> None:
+        """Fail unless a namespace is refused, with this word, and the schema is as before."""
+        declare = partial(self.db.namespace, name, record_type, **{"key": "name", **columns})
         schema = self.sql("SELECT * FROM sqlite_schema")
-        yield
+        self.assert_refused(error, declare, word)
         self.assertEqual(self.sql("SELECT * FROM sqlite_schema"), schema)
 
     def test_a_name_that_will_not_do_is_refused(self) -> None:
@@ -1338,21 +1213,13 @@ class CustomNamespaces(DatabaseTest):
             *("a(key)--", 'a"b', "a'b", "a; DROP TABLE proofs", 'a"; DROP TABLE tasks'),
             *("sqlite_a", "tasks", "sessions", "session_log", "proofs", "config"),
         )
-        db = self.open()
-        with self.assert_no_new_table():
-            for name in names:
-                with self.subTest(name=name):
-                    declare = partial(db.namespace, name, Tally, key="name")
-                    self.assert_refused(InvalidRecordError, declare, repr(name))
-
-    def test_a_name_that_an_index_has_is_refused(self) -> None:
-        db = self.open()
-        devices_of(db)
-        with self.assert_no_new_table():
-            for name in ("tasks_status_at", "devices_status_at"):
-                with self.subTest(name):
-                    declare = partial(db.namespace, name, Tally, key="name")
-                    self.assert_refused(OperatorDbError, declare, name)
+        for name in names:
+            with self.subTest(name=name):
+                self.assert_not_declared(InvalidRecordError, name, Tally, repr(name))
+        devices_of(self.db)
+        for name in ("tasks_status_at", "devices_status_at"):
+            with self.subTest("an index has it", name=name):
+                self.assert_not_declared(OperatorDbError, name, Tally, name)
         self.assert_sound()
 
     def test_a_class_or_column_that_will_not_do_is_refused(self) -> None:
@@ -1376,57 +1243,24 @@ class CustomNamespaces(DatabaseTest):
             ("a secret status", Tally, {"status": "pin"}, "pin"),
             ("a secret age", Tally, {"at": "pin"}, "pin"),
         )
-        db = self.open()
-        with self.assert_no_new_table():
-            for label, record_type, columns, word in cases:
-                with self.subTest(label):
-                    declare = partial(
-                        db.namespace, "odd", record_type, **{"key": "name", **columns}
-                    )
-                    self.assert_refused(InvalidRecordError, declare, word)
+        for label, record_type, columns, word in cases:
+            with self.subTest(label):
+                self.assert_not_declared(InvalidRecordError, "odd", record_type, word, **columns)
 
-    def test_a_value_of_a_wrong_type_is_refused_by_the_name_of_its_field(self) -> None:
-        devices = devices_of(self.open())
-        wrong: dict[str, tuple[Any, ...]] = {
-            "device_id": (3, None, b"d", "\ud800"),
-            "last_seen": (True, 1.0, "1", None),
-            "status": (3, None, "\ud800"),
-            "token": (b"x", None),
-            "colour": (2, "red", "RED", Rights.READ),
-            "part": ("x", {"name": "x"}),
-            "parts": (None, [None], (Part("x"),)),
-            "by_name": (None, {1: b""}, {"a": "text"}, {"\ud800": b""}),
-            "ratio": (float("nan"), float("inf"), "1", True, None),
-            "trusted": (0, 1, None, "true"),
-        }
+    def test_an_invalid_id_age_or_part_of_a_custom_record_is_refused(self) -> None:
+        devices = devices_of(self.db)
         cases = (
-            *((name, value, name) for name, values in wrong.items() for value in values),
+            ("device_id", "", "id"),
+            ("device_id", "a\n", "id"),
+            ("last_seen", 2**63, str(2**63)),
             ("part", Part(3), "name"),
             ("part", Part("x", "text"), "raw"),
             ("parts", [Part("x"), Part("\ud800")], "name"),
         )
-        for name, value, named in cases:
-            device = PairedDevice(**{"device_id": "d", name: value})
-            with self.subTest(field=name, value=value):
-                error = self.assert_refused(InvalidRecordError, partial(devices.put, device))
-                self.assertRegex(str(error), rf"\b{named}\b")
-        self.assertEqual(devices.count(), 0)
-
-    def test_a_value_out_of_range_or_without_a_json_form_is_refused(self) -> None:
-        devices = devices_of(self.open())
-        cases = (
-            ("an empty id", "device_id", "", "''"),
-            ("an id that is not printable", "device_id", "a\n", repr("a\n")),
-            ("an age of 65 bits", "last_seen", 2**63, str(2**63)),
-            *(
-                (label, "anything", value, "PairedDevice")
-                for label, value in values_without_a_json_form().items()
-            ),
-        )
-        for label, name, value, word in cases:
-            device = PairedDevice(**{"device_id": "d", name: value})
-            with self.subTest(label):
-                self.assert_refused(InvalidRecordError, partial(devices.put, device), word)
+        for name, value, word in cases:
+            put = partial(devices.put, PairedDevice(**{"device_id": "d", name: value}))
+            with self.subTest(name, value=value):
+                self.assert_refused(InvalidRecordError, put, word)
         self.assertEqual(devices.count(), 0)
 
     def test_a_record_that_its_constructor_would_change_is_not_stored(self) -> None:
@@ -1443,476 +1277,265 @@ class CustomNamespaces(DatabaseTest):
             name: str
             seen: int = field(init=False, default=0)
 
-        db = self.open()
-        doubling = db.namespace("doubling", Doubling, key="name")
-        self.assert_refused(InvalidRecordError, lambda: doubling.put(Doubling("a")), "Doubling")
-        computing, changed = db.namespace("computing", Computing, key="name"), Computing("a")
+        changed = Computing("a")
         changed.seen = 5
-        self.assert_refused(InvalidRecordError, lambda: computing.put(changed), "Computing")
-        self.assertEqual((doubling.count(), computing.count()), (0, 0))
-        self.assertTrue(computing.put(Computing("a")))
-
-    def test_a_constructor_that_refuses_a_secret_does_not_reveal_it(self) -> None:
-        longest = len(SECRET)
-
-        @dataclass
-        class Private:
-            name: str
-            pin: str = field(default="", metadata={"secret": True})
-
-            def __post_init__(self) -> None:
-                if len(self.pin) > longest:
-                    raise ArithmeticError(f"the pin {self.pin} is too long")
-
-        private = self.open().namespace("private", Private, key="name")
-        private.put(Private("stored", SECRET))
-        longest = 4
-        self.assert_refused(OperatorDbError, lambda: private.get("stored"), "private:stored")
-        changed = Private("changed")
-        changed.pin = SECRET
-        self.assert_refused(InvalidRecordError, lambda: private.put(changed), "Private")
-        self.assertEqual(list(private.keys()), ["stored"])
-
-    def test_a_secret_is_hidden_in_repr(self) -> None:
-        tallies = tallies_of(self.open())
-        tallies.put(Tally(name="a", pin=SECRET))
-        self.assertEqual(tallies.get("a").pin, SECRET)
-        self.assertIn("***", repr(tallies.get("a")))
-        self.assertNotIn(SECRET, repr(tallies.get("a")))
-
-    def test_a_secret_is_hidden_in_errors_wherever_it_stands(self) -> None:
-        def secret(hint: Any) -> tuple[Any, Any]:
-            return hint, field(metadata={"secret": True})
-
-        plain: Any = dataclasses.make_dataclass("Plain", [("value", str)])
-        guarded: Any = dataclasses.make_dataclass("Guarded", [("value", *secret(str))])
-        guarding: Any = dataclasses.make_dataclass(
-            "Guarding", [("name", str), ("token", *secret(plain)), ("others", *secret(list[plain]))]
-        )
-        holding: Any = dataclasses.make_dataclass(
-            "Holding", [("name", str), ("token", guarded), ("others", list[guarded])]
-        )
-        wrong = SECRET.encode()
-        cases = (
-            ("a field", Tally(name="a", pin=wrong), "pin"),
-            ("within a secret field", guarding("a", plain([SECRET]), []), "token"),
-            ("within a secret list", guarding("a", plain("x"), [plain(wrong)]), "others"),
-            ("a field of a record within", holding("a", guarded(wrong), []), "token"),
-            ("in place of a record within", holding("a", {"value": SECRET}, []), "token"),
-            ("in place of a record in a list", holding("a", guarded("x"), [SECRET]), "others"),
-        )
-        db = self.open()
-        for n, (label, record, word) in enumerate(cases):
-            namespace: Any = db.namespace(f"n{n}", type(record), key="name")
-            with self.subTest(label):
-                self.assert_refused(InvalidRecordError, partial(namespace.put, record), word, "***")
-                self.assertEqual(namespace.count(), 0)
+        for record in (Doubling("a"), changed):
+            namespace, record_type = self.declare(type(record)), type(record).__name__
+            self.assert_refused(InvalidRecordError, partial(namespace.put, record), record_type)
+            self.assertEqual(namespace.count(), 0)
+        self.assertTrue(self.declare(Computing).put(Computing("a")))
 
 
 class ErrorsAreTyped(unittest.TestCase):
-    """Each error is an OperatorDbError and the builtin kind that it is, and is exported."""
+    def test_each_error_is_an_operator_db_error_and_a_builtin_kind_and_is_exported(self) -> None:
+        kinds: dict[type[OperatorDbError], type[Exception]] = {
+            InvalidRecordError: ValueError,
+            NotFoundError: LookupError,
+            ConflictError: RuntimeError,
+            BusyError: TimeoutError,
+            ClosedError: RuntimeError,
+            ForeignFileError: ValueError,
+            NewerSchemaError: ValueError,
+            DamagedError: ValueError,
+            StorageError: OSError,
+        }
+        for error, kind in kinds.items():
+            self.assertTrue(issubclass(error, OperatorDbError) and issubclass(error, kind), error)
+        errors = {name for name in operator_db.__all__ if name.endswith("Error")}
+        self.assertEqual(errors, {error.__name__ for error in (OperatorDbError, *kinds)})
 
-    KINDS: ClassVar[dict[type[OperatorDbError], type[Exception]]] = {
-        InvalidRecordError: ValueError,
-        NotFoundError: LookupError,
-        ConflictError: RuntimeError,
-        BusyError: TimeoutError,
-        ClosedError: RuntimeError,
-        ForeignFileError: ValueError,
-        NewerSchemaError: ValueError,
-        DamagedError: ValueError,
-        StorageError: OSError,
-    }
 
-    def test_each_error_is_an_operator_db_error_and_a_builtin_kind(self) -> None:
-        for error, kind in self.KINDS.items():
-            with self.subTest(error.__name__):
-                self.assertTrue(issubclass(error, OperatorDbError))
-                self.assertTrue(issubclass(error, kind))
-
-    def test_every_error_is_exported(self) -> None:
-        exported_names = {name for name in operator_db.__all__ if name.endswith("Error")}
-        self.assertEqual(exported_names, {each.__name__ for each in (*self.KINDS, OperatorDbError)})
+# ==== Tasks, sessions, proofs =====================================================================
 
 
 class ListsFindWhatTheyAreAskedFor(DatabaseTest):
     def setUp(self) -> None:
         super().setUp()
-        self.db = self.open()
         with self.db.transaction():
             for number in range(100):  # the higher the number, the older the task
                 status = list(TaskStatus)[number % 5]
                 store_tasks(self.db, f"{number:03}", status=status, claimed_at=1000 - number)
 
-    def plans(self, statements: list[str]) -> list[str]:
-        """Return the steps of these statements' query plans that read tasks; none may sort."""
-        steps = [
-            step[3]
-            for statement in statements
-            if "tasks" in statement
-            for step in self.sql(f"EXPLAIN QUERY PLAN {statement}")
-        ]
-        self.assertNotIn("TEMP B-TREE", " ".join(steps), "a sort")
-        return [step for step in steps if " tasks" in step]
-
     def test_tasks_of_a_status_are_listed_oldest_first(self) -> None:
-        cases: list[tuple[dict[str, Any], Iterable[int]]] = [
+        cases: tuple[tuple[dict[str, Any], Iterable[int]], ...] = (
             ({"status": "disputed"}, range(98, 0, -5)),
-            ({"status": TaskStatus.DISPUTED}, range(98, 0, -5)),
-            ({"status": "disputed", "limit": 2}, (98, 93)),
+            ({"status": TaskStatus.DISPUTED, "limit": 2}, (98, 93)),
             ({"status": "disputed", "limit": 2, "newest_first": True}, (3, 8)),
             ({}, range(99, -1, -1)),
             ({"newest_first": True}, range(100)),
             ({"limit": 3}, (99, 98, 97)),
             ({"limit": 3, "newest_first": True}, (0, 1, 2)),
             ({"limit": 0}, ()),
-        ]
+        )
         for options, numbers in cases:
             with self.subTest(**options):
-                found = [task.task_id for task in self.db.list_tasks(**options)]
-                self.assertEqual(found, [f"{number:03}" for number in numbers])
-        by_status = self.db.list_tasks_by_status("disputed")
+                found = [int(task.task_id) for task in self.db.list_tasks(**options)]
+                self.assertEqual(found, [*numbers])
+        by_status, walk = self.db.list_tasks_by_status("disputed"), self.db.iter_tasks("claimed")
         self.assertEqual(by_status, self.db.list_tasks("disputed"))
+        self.assertEqual([int(task.task_id) for task in walk], [*range(0, 100, 5)])
         self.assertEqual(self.db.count_tasks(), dict.fromkeys(TaskStatus, 20))
-        walked = [task.task_id for task in self.db.iter_tasks("claimed")]
-        self.assertEqual(walked, [f"{number:03}" for number in range(0, 100, 5)])
 
     def test_tasks_of_one_age_are_listed_in_the_order_of_their_first_storing(self) -> None:
         store_tasks(self.db, "b", "c", "a", claimed_at=2000)
         self.db.update_task_status("c", "disputed")
-        found = [task.task_id for task in self.db.list_tasks()]
-        self.assertEqual(found[-3:], ["b", "c", "a"])
         found = [task.task_id for task in self.db.list_tasks(limit=3, newest_first=True)]
         self.assertEqual(found, ["a", "c", "b"])
-
-    def test_an_invalid_status_or_limit_is_refused(self) -> None:
-        db: Any = self.db
-        for wrong in ("nonsense", "", 5, b"claimed"):
-            for ask in (db.list_tasks, db.list_tasks_by_status, db.iter_tasks):
-                with self.subTest(status=wrong, by=ask.__name__):
-                    self.assert_refused(InvalidRecordError, partial(ask, wrong), "claimed")
-        for wrong in (-1, True, 1.5, "1"):
-            for ask in (db.list_tasks, db.list_sessions, db.list_proofs):
-                with self.subTest(limit=wrong, by=ask.__name__):
-                    self.assert_refused(InvalidRecordError, partial(ask, limit=wrong), "limit")
-        for wrong in ("yes", 1):
-            with self.subTest(submitted=wrong):
-                ask = partial(db.list_proofs, submitted=wrong)
-                self.assert_refused(InvalidRecordError, ask, "submitted")
-
-    def test_a_status_query_is_answered_by_the_index_without_a_sort(self) -> None:
-        statements: list[str] = []
-        self.watch_connections(listener=statements.append)
-        db = self.open()
-        queries: dict[str, Callable[[], object]] = {
-            "of a status": lambda: db.list_tasks_by_status("disputed"),
-            "the newest of a status": lambda: db.list_tasks("disputed", limit=5, newest_first=True),
-            "of any status": lambda: db.list_tasks(limit=5),
-            "the newest of any status": lambda: db.list_tasks(limit=5, newest_first=True),
-            "how many of each status": db.count_tasks,
-            "old enough to be pruned": lambda: db.prune(1, None, dry_run=True),
-        }
-        for label, query in queries.items():
-            statements.clear()
-            query()
-            with self.subTest(label):
-                plans = self.plans(statements)
-                self.assertNotEqual(plans, [])
-                for plan in plans:
-                    self.assertRegex(plan, r"SEARCH tasks USING (COVERING )?INDEX tasks_status_at")
-
-    def test_a_walk_follows_the_keys_from_where_its_last_batch_ended(self) -> None:
-        statements: list[str] = []
-        self.watch_connections(listener=statements.append)
-        db = self.open()
-        for status in (None, "disputed"):
-            statements.clear()
-            self.assertEqual(len(list(db.iter_tasks(status))), 20 if status else 100)
-            plans = self.plans(statements)
-            self.assertNotEqual(plans, [])
-            for plan in plans:
-                self.assertRegex(plan, r"SEARCH tasks USING INDEX \S+ \(key>\? AND key<\?\)")
+        self.assertEqual([task.task_id for task in self.db.list_tasks()][-3:], found[::-1])
 
     def test_a_status_query_reads_no_task_of_another_status(self) -> None:
         self.sql("UPDATE tasks SET value = 'not json' WHERE status != 'resolved'")
         self.assertEqual(len(self.db.list_tasks_by_status("resolved")), 20)
         self.assert_refused(DamagedError, self.db.list_tasks, "tasks:")
 
+    def test_queries_and_walks_are_answered_by_an_index_without_a_sort(self) -> None:
+        statements: list[str] = []
+        self.watch_connections(listener=statements.append)
+        db = self.open()
+        by_status = r"INDEX tasks_status_at"
+        by_key = r"INDEX \S+ \(key>\? AND key<\?\)"  # from where the last batch ended
+        queries: tuple[tuple[str, Callable[[], object], str], ...] = (
+            ("of a status", lambda: db.list_tasks("disputed"), by_status),
+            ("the newest", lambda: db.list_tasks(limit=5, newest_first=True), by_status),
+            ("of any status", lambda: db.list_tasks(limit=5), by_status),
+            ("how many of each status", db.count_tasks, by_status),
+            ("old enough to be pruned", lambda: db.prune(1, None, dry_run=True), by_status),
+            ("a walk", lambda: list(db.iter_tasks()), by_key),
+            ("a walk of a status", lambda: list(db.iter_tasks("disputed")), by_key),
+        )
+        for label, query, index in queries:
+            statements.clear()
+            query()
+            about_tasks = [statement for statement in statements if "tasks" in statement]
+            plans = [self.sql(f"EXPLAIN QUERY PLAN {statement}") for statement in about_tasks]
+            steps = [step[3] for plan in plans for step in plan]
+            with self.subTest(label):
+                self.assertNotIn("TEMP B-TREE", " ".join(steps), "a sort")
+                steps = [step for step in steps if " tasks" in step]
+                self.assertNotEqual(steps, [])
+                for step in steps:
+                    self.assertRegex(step, f"SEARCH tasks USING (COVERING )?{index}")
+
 
 class WalksSeeEveryRecordOnce(DatabaseTest):
+    def setUp(self) -> None:
+        super().setUp()
+        with self.db.transaction():
+            store_tasks(self.db, *(f"{number:04}" for number in range(3000)), claimed_at=0)
+
     def test_a_walk_sees_every_task_that_stays_once_while_others_come_and_go(self) -> None:
-        db = self.open()
-        with db.transaction():
-            store_tasks(db, *(f"{number:04}" for number in range(3000)), claimed_at=0)
-        seen = []
-        for number, task in enumerate(db.iter_tasks()):
+        seen: list[str] = []
+        for number, task in enumerate(self.db.iter_tasks()):
             seen.append(task.task_id)
             if number % 100 == 0:
-                db.delete_task(f"{2999 - number // 100:04}")
-                store_tasks(db, f"{number:04}x")
-                db.update_task_status(f"{number:04}", "completed")
+                self.db.delete_task(f"{2999 - number // 100:04}")
+                store_tasks(self.db, f"{number:04}x")
+                self.db.update_task_status(f"{number:04}", "completed")
         stayed = [f"{number:04}" for number in range(2970)]
         self.assertEqual([name for name in seen if len(name) == 4 and name < "2970"], stayed)
         self.assertEqual(len(seen), len(set(seen)))
 
     def test_a_walk_holds_no_connection_between_batches_so_that_the_wal_can_be_cut(self) -> None:
-        db = self.open()
-        with db.transaction():
-            store_tasks(db, *(f"{number:04}" for number in range(1500)))
-        walk = db.iter_tasks()
+        walk = self.db.iter_tasks()
         next(walk)
         self.assertEqual(self.sql("PRAGMA wal_checkpoint(TRUNCATE)"), [(0, 0, 0)])
-        db.close()
+        self.db.close()
         self.assert_refused(ClosedError, lambda: list(walk), self.path)
-
-    def test_a_walk_takes_memory_for_a_batch_and_not_for_the_whole(self) -> None:
-        db = self.open()
-        with db.transaction():
-            store_tasks(db, *map(str, range(40)), payload=bytes(2**18))
-        tracemalloc.start()
-        self.addCleanup(tracemalloc.stop)
-        self.assertEqual(sum(len(task.payload) for task in db.iter_tasks()), 10 * 2**20)
-        self.assertLess(tracemalloc.get_traced_memory()[1], 5 * 2**20)
 
 
 class TasksKeepTheirHistory(DatabaseTest):
-    def setUp(self) -> None:
-        super().setUp()
-        self.db = self.open()
+    def task(self) -> Any:
+        return self.db.get_task("t")
 
-    def task(self, task_id: str = "t") -> TaskRecord:
-        """Return a task that is there."""
-        task = self.db.get_task(task_id)
-        assert task is not None
-        return task
+    def signatures(self) -> list[str | None]:
+        return [change.signature for change in self.task().history]
 
-    def test_every_status_change_is_kept_with_its_time_and_signature(self) -> None:
+    def test_every_status_change_is_kept_once_with_its_time_and_signature(self) -> None:
         store_tasks(self.db, "t", claimed_at=10, on_chain_signature="s0")
-        self.db.update_task_status("t", "in_progress", at=20)
-        self.db.update_task_status("t", "completed", at=30, signature="s1")
-        self.db.update_task_status("t", "disputed", at=40, signature="s2")
-        task = self.db.update_task_status("t", "completed", at=50, signature="s3")
-        self.assertEqual(
-            [(change.status, change.at, change.signature) for change in task.history],
-            [
-                ("claimed", 10, "s0"),
-                ("in_progress", 20, None),
-                ("completed", 30, "s1"),
-                ("disputed", 40, "s2"),
-                ("completed", 50, "s3"),
-            ],
-        )
-        self.assertEqual(task.completed_at, 30, "the first completion")
-        self.assertEqual(task.on_chain_signature, "s3", "the latest signature")
-        self.assertEqual(self.task(), task)
-
-    def test_only_one_of_many_compare_and_set_changes_succeeds(self) -> None:
-        store_tasks(self.db, "t")
-        won: list[str] = []
-
-        def attempt(signature: str) -> None:
-            with suppress(ConflictError):
-                self.db.update_task_status(
-                    "t", "in_progress", signature=signature, expected="claimed"
-                )
-                won.append(signature)
-
-        run_in_threads(*(partial(attempt, str(number)) for number in range(8)))
-        self.assertEqual([change.signature for change in self.task().history], [None, *won])
-        self.assertEqual(len(won), 1)
-
-    def test_a_status_change_that_cannot_be_made_changes_nothing(self) -> None:
-        store_tasks(self.db, "t")
-        cases: list[tuple[str, str, Any, dict[str, Any], type[Exception], str]] = [
-            ("no such task", "gone", "completed", {}, NotFoundError, "tasks:gone"),
-            ("as a LookupError", "gone", "completed", {}, LookupError, "tasks:gone"),
-            ("not expected", "t", "completed", {"expected": "disputed"}, ConflictError, "claimed"),
-            ("unknown status", "t", "nonsense", {}, InvalidRecordError, "nonsense"),
-            ("unknown expected", "t", "resolved", {"expected": "?"}, InvalidRecordError, "?"),
-            ("empty signature", "t", "completed", {"signature": ""}, InvalidRecordError, "''"),
-            ("wrong time", "t", "completed", {"at": "now"}, InvalidRecordError, "StatusChange.at"),
+        changes = [
+            ("in_progress", 20, None),
+            ("completed", 30, "s1"),
+            ("disputed", 40, "s2"),
+            ("completed", 50, "s3"),
         ]
-        before = self.task()
-        for label, task_id, status, options, error, word in cases:
-            with self.subTest(label):
-                update = partial(self.db.update_task_status, task_id, status, **options)
-                self.assert_refused(error, update, word)
-                self.assertEqual(self.db.list_tasks(), [before])
-
-    def test_one_transaction_of_the_chain_moves_a_task_once(self) -> None:
-        store_tasks(self.db, "t", on_chain_signature="s0")
-        for _ in range(2):
-            self.db.update_task_status("t", "disputed", signature="s1")
-            self.db.update_task_status("t", "resolved", signature="s2")
-            self.db.update_task_status("t", "resolved")
-        task = self.task()
-        self.assertEqual([change.signature for change in task.history], ["s0", "s1", "s2"])
-        self.assertEqual((task.status, task.on_chain_signature), ("resolved", "s2"))
+        for status, at, signature in (*changes, *changes[1:], ("completed", 60, None)):
+            task = self.db.update_task_status("t", status, at=at, signature=signature)
+        found = [(change.status, change.at, change.signature) for change in task.history]
+        self.assertEqual(found, [("claimed", 10, "s0"), *changes])
+        self.assertEqual(task.completed_at, 30, "the first completion")
+        self.assertEqual((task.status, task.on_chain_signature), ("completed", "s3"))
+        self.assertEqual(self.task(), task)
 
     def test_a_task_stored_again_has_its_new_fields_and_a_longer_history(self) -> None:
         store_tasks(self.db, "t", claimed_at=1, on_chain_signature="s0", description="old")
         self.db.update_task_status("t", "disputed", at=2, signature="s1")
-        fresh = TaskRecord(
-            task_id="t", claimed_at=1, status=TaskStatus.RESOLVED, on_chain_signature="s2"
-        )
+        fresh = TaskRecord(task_id="t", claimed_at=1, status="resolved", on_chain_signature="s2")
         self.db.store_task(fresh)
-        stored = self.task()
-        self.assertEqual(stored, fresh, "the record that was stored is brought up to date")
-        self.assertEqual((stored.description, stored.status), (None, "resolved"))
-        self.assertEqual([change.signature for change in stored.history], ["s0", "s1", "s2"])
+        self.assertEqual(self.task(), fresh, "the record that was stored is brought up to date")
+        self.assertEqual((fresh.description, fresh.status), (None, "resolved"))
+        self.assertEqual(self.signatures(), ["s0", "s1", "s2"])
 
     def test_a_status_change_made_by_two_writers_is_in_the_history_once(self) -> None:
         store_tasks(self.db, "t", claimed_at=1)
         mine = self.task()
         self.db.update_task_status("t", "disputed", at=8)
-        mine.status = TaskStatus.DISPUTED
-        self.db.store_task(mine)
-        changes = [(change.status, change.at) for change in mine.history]
-        self.assertEqual(changes, [("claimed", 1), ("disputed", 8)])
-        mine.status = TaskStatus.RESOLVED
-        for _ in range(4):
+        for status in ("disputed", "resolved", "resolved"):
+            mine.status = TaskStatus(status)
             self.db.store_task(mine)
-        statuses = [change.status for change in mine.history]
-        self.assertEqual(statuses, ["claimed", "disputed", "resolved"])
-        self.assertEqual(self.task(), mine)
-
-    def test_a_completed_task_stored_over_an_open_one_is_stamped(self) -> None:
-        store_tasks(self.db, "t", claimed_at=1)
-        store_tasks(self.db, "t", claimed_at=9, status=TaskStatus.COMPLETED)
-        self.assertEqual((self.task().completed_at, self.task().history[-1].at), (9, 9))
+        self.assertEqual(
+            [each.status for each in mine.history], ["claimed", "disputed", "resolved"]
+        )
+        self.assertEqual((self.task(), mine.history[1].at), (mine, 8))
 
     def test_a_task_is_as_old_as_its_first_completion(self) -> None:
-        claimed_at = int(time.time()) - 40 * DAY
-        store_tasks(self.db, "t", claimed_at=claimed_at)
-        task = self.task()
+        store_tasks(self.db, "t", claimed_at=1)
+        store_tasks(self.db, "t", claimed_at=9, status="completed")
+        self.assertEqual((self.task().completed_at, self.task().history[-1].at), (9, 9))
+        store_tasks(self.db, "t", claimed_at=1, status="disputed")
+        self.assertEqual(self.task().completed_at, 9)
+        store_tasks(self.db, "claimed long ago", claimed_at=1)
+        task = self.db.get_task("claimed long ago")
         task.status = TaskStatus.COMPLETED
         self.db.store_task(task)
         self.assertEqual(self.db.prune(30).tasks, 0)
-        self.assertEqual(self.task(), task)
-        store_tasks(self.db, "t", claimed_at=claimed_at, status=TaskStatus.DISPUTED)
-        self.assertIsNotNone(task.completed_at)
-        self.assertEqual(self.task().completed_at, task.completed_at)
 
-    def test_a_task_is_completed_together_with_its_proof(self) -> None:
+    def test_changes_by_many_threads_are_all_kept_and_one_compare_and_set_succeeds(self) -> None:
+        store_tasks(self.db, "t")
+
+        def change(thread: int) -> None:
+            update = partial(self.db.update_task_status, "t", "in_progress")
+            with suppress(ConflictError):
+                update(signature=f"{thread}", expected="claimed")
+            for number in range(10):
+                update(signature=f"{thread}-{number}")
+                signature = f"{thread}+{number}"
+                store_tasks(self.db, "t", status="in_progress", on_chain_signature=signature)
+
+        run_in_threads(*(partial(change, thread) for thread in range(8)))
+        claimed, compared_and_set, *others = self.signatures()
+        self.assertEqual((claimed, len(compared_and_set)), (None, 1))
+        self.assertEqual((len(others), len(set(others))), (8 * 20, 8 * 20))
+
+    def test_a_task_is_completed_once_together_with_its_proof(self) -> None:
         log = proof("t")
-        self.assert_refused(NotFoundError, lambda: self.db.complete_task("t", log), "tasks:t")
-        self.assertIsNone(self.db.get_proof("t"))
         store_tasks(self.db, "t")
         with mock.patch("time.time", return_value=5000.0):
             done = self.db.complete_task("t", log, signature="s1")
         self.assertEqual((done.status, done.completed_at), ("completed", 5000))
         self.assertEqual(done.on_chain_signature, "s1")
-        self.assertEqual((self.task(), self.db.get_proof("t")), (done, log))
-
-    def test_completing_a_task_again_changes_nothing(self) -> None:
-        store_tasks(self.db, "t")
-        log = proof("t")
-        done = self.db.complete_task("t", log, signature="s1")
         for again, signature in ((replace(log, timestamp=5000), "s1"), (log, "s2"), (log, None)):
             self.assertEqual(self.db.complete_task("t", again, signature=signature), done)
-        self.assertEqual((self.task(), self.db.get_proof("t")), (done, log))
+            self.assertEqual((self.task(), self.db.get_proof("t")), (done, log))
+        self.assertEqual((self.db.delete_task("t"), self.db.delete_task("t")), (True, False))
+        self.assertEqual((self.task(), self.db.get_proof("t")), (None, log), "it outlives its task")
 
-    def test_a_completion_that_contradicts_what_is_stored_is_refused(self) -> None:
-        store_tasks(self.db, "t", "open")
-        self.db.complete_task("t", proof("t"))
-        store_tasks(self.db, "disputed", status=TaskStatus.DISPUTED)
-        store_tasks(self.db, "resolved", status=TaskStatus.RESOLVED)
-        complete: Any = self.db.complete_task
-        cases = [
-            ("other evidence", "t", proof("t", b"other"), ConflictError, "proofs:"),
-            ("another task's proof", "t", proof("u"), ConflictError, "u"),
-            ("a disputed task", "disputed", proof("disputed"), ConflictError, "tasks:"),
-            ("a resolved task", "resolved", proof("resolved"), ConflictError, "tasks:"),
-            ("no proof", "open", None, InvalidRecordError, "VerificationLog"),
-        ]
-        before = exported(self.db)
-        for label, task_id, log, error, word in cases:
-            with self.subTest(label):
-                self.assert_refused(error, partial(complete, task_id, log), word)
-                self.assertEqual(exported(self.db), before)
+    def test_a_change_that_contradicts_what_is_stored_is_refused(self) -> None:
+        complete, update = self.db.complete_task, self.db.update_task_status
+        for task_id in ("t", "disputed", "resolved"):
+            store_tasks(self.db, task_id)
+            complete(task_id, proof(task_id))
         for status in ("disputed", "resolved"):
-            self.db.update_task_status("t", status)
-            again = partial(complete, "t", proof("t"))
-            self.assert_refused(ConflictError, again, "tasks:", status)
-
-    def test_a_deleted_task_leaves_its_proof(self) -> None:
-        store_tasks(self.db, "t")
-        self.db.complete_task("t", proof("t"))
-        self.assertTrue(self.db.delete_task("t"))
-        self.assertFalse(self.db.delete_task("t"))
-        self.assertIsNone(self.db.get_task("t"))
-        self.assertEqual(self.db.get_proof("t"), proof("t"))
-
-    def test_updates_by_many_threads_at_once_all_count(self) -> None:
-        tallies = tallies_of(self.db)
-        tallies.put(Tally(name="n"))
-        store_tasks(self.db, "t")
-
-        def update(thread: int) -> None:
-            for number in range(10):
-                tallies.update("n", lambda tally: replace(tally, count=tally.count + 1))
-                self.db.update_task_status("t", "in_progress", signature=f"{thread}-{number}")
-                store_tasks(self.db, "t", on_chain_signature=f"{thread}+{number}")
-
-        run_in_threads(*(partial(update, thread) for thread in range(8)))
-        self.assertEqual(tallies.get("n"), Tally(name="n", count=80))
-        signatures = {change.signature for change in self.task().history}
-        self.assertEqual(len(signatures), 161)
+            update(status, status)
+        cases = (
+            (NotFoundError, partial(update, "gone", "completed"), "tasks:gone"),
+            (NotFoundError, partial(complete, "gone", proof("gone")), "tasks:gone"),
+            (ConflictError, partial(update, "t", "resolved", expected="claimed"), "completed"),
+            (ConflictError, partial(complete, "t", proof("t", b"other evidence")), "proofs:"),
+            (ConflictError, partial(complete, "t", proof("of another task")), "another"),
+            (ConflictError, partial(complete, "disputed", proof("disputed")), "tasks:"),
+            (ConflictError, partial(complete, "resolved", proof("resolved")), "tasks:"),
+        )
+        with self.assert_unchanged():
+            for error, change, word in cases:
+                with self.subTest(change.args):
+                    self.assert_refused(error, change, word)
 
     def test_an_update_that_raises_or_returns_an_invalid_record_changes_nothing(self) -> None:
-        tallies = tallies_of(self.db)
-        tallies.put(Tally(name="a", count=1))
-
         def fail(tally: Tally) -> Tally:
             tally.count = 2
             raise KeyError("mine")
 
-        changes: list[tuple[str, Any, type[Exception]]] = [
+        tallies = tallies_of(self.db)
+        tallies.put(Tally(name="a", count=1))
+        changes: tuple[tuple[str, Any, type[Exception]], ...] = (
             ("it raises", fail, KeyError),
             ("it returns nothing", lambda _: None, InvalidRecordError),
             ("it returns another id", lambda _: Tally(name="b"), InvalidRecordError),
             ("it returns another kind", lambda _: TaskRecord(task_id="a"), InvalidRecordError),
-        ]
+        )
         for label, change, error in changes:
             with self.subTest(label):
-                with self.assertRaises(error):
-                    tallies.update("a", change)
+                self.assertRaises(error, tallies.update, "a", change)
                 self.assertEqual(list(tallies.values()), [Tally(name="a", count=1)])
 
 
 class SessionsAreLogs(DatabaseTest):
-    def setUp(self) -> None:
-        super().setUp()
-        self.opened = self.watch_connections()
-        self.db = self.open()
-
-    def session(self, session_id: str = "s") -> SessionState:
-        """Return a session that is there."""
-        session = self.db.get_session(session_id)
-        assert session is not None
-        return session
+    def session(self, session_id: str = "s") -> Any:
+        return self.db.get_session(session_id)
 
     def said(self, **options: Any) -> list[str]:
         """Return the words of the transcript."""
         return [entry.content for entry in self.db.transcript("s", **options)]
-
-    def steps(self, action: Callable[[], object]) -> int:
-        """Return how many steps of its virtual machine SQLite takes for an action."""
-        steps = 0
-
-        def count() -> None:
-            nonlocal steps
-            steps += 1
-
-        def watch(handler: Callable[[], None] | None) -> None:
-            for connection in self.opened:
-                with suppress(sqlite3.ProgrammingError, ClosedError):  # one that is closed
-                    connection.set_progress_handler(handler, 1)
-
-        watch(count)
-        action()
-        watch(None)
-        return steps
 
     def test_the_first_entry_or_link_creates_a_session(self) -> None:
         self.db.append_transcript("a", "user", "hello", timestamp=5)
@@ -1923,38 +1546,33 @@ class SessionsAreLogs(DatabaseTest):
         a = SessionState(session_id="a", transcript=[entry], created_at=5, last_active=5)
         b = SessionState(session_id="b", command_history=["ClaimTask"], created_at=6, last_active=6)
         c = SessionState(session_id="c", active_task_ids=["t"], created_at=7, last_active=7)
-        self.assertEqual([self.session(name) for name in "abc"], [a, b, c])
+        self.assertEqual([self.session(name) for name in "abcd"], [a, b, c, None])
         self.assertEqual(self.db.list_sessions(), [a, b, c])
         self.assertEqual(self.db.list_sessions(limit=2), [a, b])
-        self.assertIsNone(self.db.get_session("d"))
 
     def test_a_session_was_last_active_at_its_latest_entry(self) -> None:
         for timestamp, latest in ((10, 10), (5, 10), (20, 20)):
             self.db.append_transcript("s", "user", "x", timestamp=timestamp)
             self.db.append_command("s", "x", timestamp=timestamp)
-            session = self.session()
-            self.assertEqual((session.created_at, session.last_active), (10, latest))
+            times = self.session().created_at, self.session().last_active
+            self.assertEqual(times, (10, latest))
 
     def test_a_transcript_gives_its_last_entries_when_asked(self) -> None:
-        for number in range(20):
-            self.db.append_transcript("s", "user", str(number), timestamp=number)
-            self.db.append_command("s", "c")
         everything = [str(number) for number in range(20)]
-        for last in (None, 0, 1, 3, 20, 21):
+        for content in everything:
+            self.db.append_transcript("s", "user", content)
+            self.db.append_command("s", "c")
+        self.assertEqual((self.said(), self.db.transcript("none")), (everything, []))
+        for last in (0, 1, 3, 20, 21):
             with self.subTest(last=last):
-                wanted = everything if last is None else everything[max(0, 20 - last) :]
-                self.assertEqual(self.said(last=last), wanted)
-        self.assertEqual(self.db.transcript("none"), [])
-        for wrong in (-1, True, "1"):
-            self.assert_refused(InvalidRecordError, partial(self.said, last=wrong), "last")
+                self.assertEqual(self.said(last=last), everything[max(0, 20 - last) :])
 
     def test_a_task_is_linked_once_and_unlinked_once(self) -> None:
         for task_id in ("t", "t", "u"):
             self.db.link_task("s", task_id)
         self.assertEqual(self.session().active_task_ids, ["t", "u"])
-        self.assertTrue(self.db.unlink_task("s", "t"))
-        self.assertFalse(self.db.unlink_task("s", "t"))
-        self.assertFalse(self.db.unlink_task("none", "t"))
+        unlinked = [self.db.unlink_task(session_id, "t") for session_id in ("s", "s", "none")]
+        self.assertEqual(unlinked, [True, False, False])
         self.assertEqual(self.session().active_task_ids, ["u"])
 
     def test_a_session_stored_again_extends_its_log_and_replaces_its_fields(self) -> None:
@@ -1964,41 +1582,46 @@ class SessionsAreLogs(DatabaseTest):
         mine.command_history.append("go")
         mine.active_task_ids = ["t"]
         self.db.store_session(mine)
-        self.assertEqual(self.session(), mine)
-        self.assertEqual((self.said(), mine.command_history), (["one", "two"], ["go"]))
+        self.assertEqual((self.session(), self.said()), (mine, ["one", "two"]))
 
     def test_a_session_that_lacks_a_stored_entry_is_refused(self) -> None:
-        self.db.append_transcript("s", "user", "one", timestamp=1)
-        self.db.append_command("s", "go", timestamp=1)
+        self.db.append_transcript("s", "user", "one")
+        self.db.append_command("s", "go")
         stale = self.session()
-        self.db.append_transcript("s", "user", "two of another", timestamp=2)
-        mine = TranscriptEntry(role="user", content="two of mine", timestamp=2)
-        cases = {
-            "it was read before another's entry": stale,
-            "it has another entry in that place": replace(
-                stale, transcript=[*stale.transcript, mine]
-            ),
-            "it has no commands": replace(self.session(), command_history=[]),
-            "it has another command": replace(self.session(), command_history=["stop"]),
-        }
-        before = self.session()
-        for label, session in cases.items():
+        self.db.append_transcript("s", "user", "two of another")
+        stored, mine = self.session(), TranscriptEntry(role="user", content="two of mine")
+        cases = (
+            ("it was read before another's entry", stale),
+            ("it has another entry there", replace(stale, transcript=[*stale.transcript, mine])),
+            ("it has no commands", replace(stored, command_history=[])),
+            ("it has another command", replace(stored, command_history=["stop"])),
+        )
+        for label, session in cases:
             with self.subTest(label):
                 store = partial(self.db.store_session, session)
                 self.assert_refused(ConflictError, store, "sessions:", "s")
-                self.assertEqual(self.session(), before)
+                self.assertEqual(self.session(), stored)
 
     def test_a_deleted_session_takes_its_log_with_it(self) -> None:
         self.db.append_transcript("s", "user", "one")
         self.db.append_command("s", "go")
         mine = self.session()
-        self.assertTrue(self.db.delete_session("s"))
-        self.assertFalse(self.db.delete_session("s"))
-        self.assertEqual((self.db.get_session("s"), self.said()), (None, []))
+        self.assertEqual((self.db.delete_session("s"), self.db.delete_session("s")), (True, False))
+        self.assertEqual((self.session(), self.said()), (None, []))
         self.db.store_session(replace(mine, transcript=[], command_history=["again"]))
         self.assertEqual((self.session().command_history, self.said()), (["again"], []))
 
     def test_appends_and_last_entries_cost_the_same_at_entry_10_000_as_at_entry_10(self) -> None:
+        def steps(verb: Callable[[str], object], session_id: str) -> int:
+            """Return how many steps of its virtual machine SQLite takes."""
+            taken: list[None] = []
+            for connection in opened:
+                with suppress(sqlite3.ProgrammingError, ClosedError):  # one that is closed
+                    connection.set_progress_handler(partial(taken.append, None), 1)
+            verb(session_id)
+            return len(taken)
+
+        opened = self.watch_connections()
         entries = [TranscriptEntry(role="user", content=str(n), timestamp=n) for n in range(10_000)]
         self.db.store_session(SessionState(session_id="short", transcript=entries[:10]))
         self.db.store_session(SessionState(session_id="long", transcript=entries))
@@ -2010,37 +1633,38 @@ class SessionsAreLogs(DatabaseTest):
         }
         for label, verb in verbs.items():
             with self.subTest(label):
-                short, long = (self.steps(partial(verb, name)) for name in ("short", "long"))
-                self.assertGreater(short, 0)
-                self.assertLess(long, short * 1.5)
+                self.assertGreater(steps(verb, "short"), 0)
+                self.assertLess(steps(verb, "long"), steps(verb, "short") * 1.5)
+
+
+OTHER_EVIDENCE: dict[str, Any] = {
+    "inputs": b"x",
+    "outputs": b"x",
+    "proof": b"x",
+    "proof_hash": "1" * 64,
+    "result_data": b"1" * 64,
+}
 
 
 class ProofsAreWrittenOnce(DatabaseTest):
-    def setUp(self) -> None:
-        super().setUp()
-        self.db = self.open()
-
-    def test_the_same_evidence_stored_again_changes_nothing(self) -> None:
-        first = proof("t", timestamp=5)
-        self.assertTrue(self.db.store_proof(first))
-        self.assertEqual(self.db.get_proof("t"), first)
-        submitted = self.db.mark_proof_submitted("t", "sig")
-        wanted = replace(first, submitted=True, submission_signature="sig")
-        self.assertEqual(submitted, wanted)
-        self.assertFalse(self.db.store_proof(replace(first, timestamp=9)))
-        self.assertFalse(self.db.store_proof(first))
-        self.assertEqual(self.db.get_proof("t"), wanted)
+    def test_a_proof_is_stored_once_and_submitted_in_one_transaction(self) -> None:
+        log, mark = proof("t", timestamp=5), self.db.mark_proof_submitted
+        unsent = partial(proof, "t", submission_signature="sig")
+        self.assert_refused(InvalidRecordError, unsent, "submission_signature")
+        self.assertTrue(self.db.store_proof(log))
+        self.assert_refused(InvalidRecordError, lambda: mark("t", None), "None")
+        self.assertEqual(self.db.get_proof("t"), log)
+        sent = replace(log, submitted=True, submission_signature="sig")
+        self.assertEqual((mark("t", "sig"), mark("t", "sig")), (sent, sent))
+        for again in (log, sent, replace(log, timestamp=9)):
+            self.assertFalse(self.db.store_proof(again))
+        self.assert_refused(ConflictError, lambda: mark("t", "other"), "proofs:")
+        self.assert_refused(NotFoundError, lambda: mark("gone", "sig"), "proofs:gone")
+        self.assertEqual(self.db.list_proofs(), [sent])
 
     def test_other_evidence_for_the_same_task_is_refused(self) -> None:
         self.db.store_proof(proof("t"))
-        changes: dict[str, Any] = {
-            "outputs": b"x",
-            "inputs": b"x",
-            "proof": b"x",
-            "proof_hash": "1" * 64,
-            "result_data": b"x" * 64,
-        }
-        for name, value in changes.items():
+        for name, value in OTHER_EVIDENCE.items():
             with self.subTest(name):
                 store = partial(self.db.store_proof, replace(proof("t"), **{name: value}))
                 self.assert_refused(ConflictError, store, "proofs:", proof("t").evidence_hash)
@@ -2050,42 +1674,24 @@ class ProofsAreWrittenOnce(DatabaseTest):
         for number in range(5):
             self.db.store_proof(proof(str(number), timestamp=100 - number))
         self.db.mark_proof_submitted("2", "sig")
-        cases: list[tuple[dict[str, Any], str]] = [
+        cases: tuple[tuple[dict[str, Any], str], ...] = (
             ({"submitted": False}, "4310"),
             ({"submitted": False, "limit": 1}, "4"),
             ({"submitted": True}, "2"),
             ({}, "43210"),
             ({"limit": 2}, "43"),
-        ]
+        )
         for options, wanted in cases:
             with self.subTest(**options):
-                found = [log.task_id for log in self.db.list_proofs(**options)]
-                self.assertEqual(found, list(wanted))
-
-    def test_a_proof_is_marked_as_submitted_with_one_signature_only(self) -> None:
-        for task_id in ("sent", "waiting"):
-            self.db.store_proof(proof(task_id))
-        sent = self.db.mark_proof_submitted("sent", "sig")
-        self.assertEqual(self.db.mark_proof_submitted("sent", "sig"), sent)
-        cases: list[tuple[str, str, Any, type[Exception], str]] = [
-            ("another transaction", "sent", "other", ConflictError, "proofs:"),
-            ("no proof", "gone", "sig", NotFoundError, "proofs:gone"),
-            ("an empty signature", "waiting", "", InvalidRecordError, "''"),
-            ("no signature", "waiting", None, InvalidRecordError, "None"),
-        ]
-        for label, task_id, signature, error, word in cases:
-            with self.subTest(label):
-                mark = partial(self.db.mark_proof_submitted, task_id, signature)
-                self.assert_refused(error, mark, word)
-                self.assertEqual(self.db.list_proofs(), [sent, proof("waiting")])
+                logs = self.db.list_proofs(**options)
+                self.assertEqual("".join(log.task_id for log in logs), wanted)
 
     def test_a_proof_that_may_be_needed_can_be_neither_deleted_nor_pruned(self) -> None:
         needed = {"unsubmitted", "claimed", "in_progress", "disputed"}
-        store_tasks(self.db, "unsubmitted", status=TaskStatus.RESOLVED)
-        statuses = [status.value for status in TaskStatus]
-        for status in statuses:
+        store_tasks(self.db, "unsubmitted", status="resolved")
+        for status in map(str, TaskStatus):
             store_tasks(self.db, status, status=status)
-        for name in ("unsubmitted", "without a task", *statuses):
+        for name in ("unsubmitted", "without a task", *map(str, TaskStatus)):
             self.db.store_proof(proof(name, submitted=name != "unsubmitted"))
         for name in sorted(needed):
             with self.subTest(name):
@@ -2103,21 +1709,10 @@ class ProofsAreWrittenOnce(DatabaseTest):
 class DisputeBundlesProveThemselves(DatabaseTest):
     def setUp(self) -> None:
         super().setUp()
-        self.db = self.open()
-        self.db.store_task(TaskRecord(task_id="t", description="é"))
-        log = proof("t", b"out", inputs=b"in", proof=b"p")
-        self.db.complete_task("t", log)
-        self.log, self.on_chain = log, log.evidence_hash
+        store_tasks(self.db, "t", description="é")
+        self.log = proof("t", b"out", inputs=b"in", proof=b"p")
+        self.db.complete_task("t", self.log)
         self.bundle: dict[str, Any] = json.loads(json.dumps(self.db.dispute_bundle("t")))
-
-    def forged_bundles(self, *changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the bundle that another database gives of the proof after each of the changes."""
-        db = self.open(self.other)
-        for change in changes:
-            forged = replace(self.log, submitted=True, **change)
-            db.store_proof(forged)
-            yield db.dispute_bundle(forged.task_id)
-            db.delete_proof(forged.task_id)
 
     def test_a_proof_gives_the_arguments_that_the_program_takes(self) -> None:
         log = proof("t", b"hello")
@@ -2126,127 +1721,75 @@ class DisputeBundlesProveThemselves(DatabaseTest):
         self.assertEqual((log.proof_hash, log.result_data), (digest, digest.encode()))
         wanted = {"proof_hash": bytes.fromhex(digest), "result_data": digest.encode()}
         self.assertEqual(log.submit_args(), wanted)
-        self.assertEqual([len(value) for value in wanted.values()], [32, 64])
         uri = f"agenc://evidence/sha256/{log.evidence_hash}"
         wanted = {"evidence_hash": bytes.fromhex(log.evidence_hash), "evidence": uri}
         self.assertEqual(log.dispute_args(), wanted)
         self.assertLessEqual(len(uri), 256)
 
     def test_verify_names_each_field_that_the_reference_worker_would_not_submit(self) -> None:
-        self.assertEqual(proof("t").verify(), [])
-        cases: list[tuple[dict[str, Any], list[str]]] = [
-            ({"proof_hash": "ab" * 32}, ["proof_hash"]),
-            ({"result_data": b"z" * 64}, ["result_data"]),
-            ({"proof_hash": "ab" * 32, "result_data": b"z" * 64}, ["proof_hash", "result_data"]),
-        ]
-        for fields, wanted in cases:
-            with self.subTest(fields=wanted):
-                found = proof("t", **fields).verify()
-                self.assertEqual(len(found), len(wanted))
-                for name, line in zip(wanted, found, strict=True):
+        fields: dict[str, Any] = {"proof_hash": "ab" * 32, "result_data": b"z" * 64}
+        for names in ((), ("proof_hash",), ("result_data",), ("proof_hash", "result_data")):
+            with self.subTest(names=names):
+                found = proof("t", **{name: fields[name] for name in names}).verify()
+                for name, line in zip(names, found, strict=True):
                     self.assertIn(name, line)
 
-    def test_what_the_chain_would_reject_is_refused_when_a_proof_is_made(self) -> None:
-        digits: list[Any] = ["0" * 64, "AB" * 32, "ab" * 31, "ab" * 33, "", "zz" * 32]
-        digits += ["0x" + "ab" * 31, b"a" * 64, 5]
-        data: list[Any] = [bytes(64), b"", b"x" * 63, b"x" * 65, "x" * 64, 5]
-        for name, values in (("proof_hash", digits), ("result_data", data)):
-            for value in values:
-                with self.subTest(field=name, value=value):
-                    make = partial(proof, "t", **{name: value})
-                    self.assert_refused(InvalidRecordError, make, f"VerificationLog.{name}")
-        with self.assertRaises(TypeError):
-            proof("t", evidence_hash="1" * 64)  # it is computed
-
     def test_the_evidence_hash_is_the_same_everywhere(self) -> None:
-        vectors = [
-            (
-                proof("t1", b"hello"),
-                "33b3287ebcf5c40d42c31f90c9b10edac79a0dd65592e7c16631e62a67566446",
-            ),
-            (
-                proof("é\U0001f600:%", b"", inputs=b"\xff", proof=b"p"),
-                "a99fbcda7bc14701ebcb02a00f2f7f7263cffc59f062a5abe6ba2ad43c595679",
-            ),
-            (
-                proof(DEVNET_TASK, bytes(range(256)), proof_hash="ab" * 32, result_data=b"r" * 64),
-                "04311a00278693c95af6ebae1f118a21ff4539c30b5594f5c9ac395462a8a48b",
-            ),
-        ]
-        for log, vector in vectors:
-            self.assertEqual(log.evidence_hash, vector)
-            later = replace(log, timestamp=0, submitted=True, submission_signature="sig")
-            self.assertEqual(later.evidence_hash, vector, "it covers the evidence alone")
+        logs = (
+            proof("t1", b"hello"),
+            proof("é\U0001f600:%", b"", inputs=b"\xff", proof=b"p"),
+            proof(DEVNET_TASK, bytes(range(256)), proof_hash="ab" * 32, result_data=b"r" * 64),
+        )
+        hashes = (
+            "33b3287ebcf5c40d42c31f90c9b10edac79a0dd65592e7c16631e62a67566446",
+            "a99fbcda7bc14701ebcb02a00f2f7f7263cffc59f062a5abe6ba2ad43c595679",
+            "04311a00278693c95af6ebae1f118a21ff4539c30b5594f5c9ac395462a8a48b",
+        )
+        self.assertEqual(tuple(log.evidence_hash for log in logs), hashes)
+        later = replace(logs[0], timestamp=0, submitted=True, submission_signature="sig")
+        self.assertEqual(later.evidence_hash, hashes[0], "it covers the evidence alone")
+        self.assertRaises(TypeError, partial(proof, "t", evidence_hash="1" * 64))  # it is computed
 
     def test_a_bundle_is_verified_without_a_database_and_without_its_task(self) -> None:
         self.assertEqual(self.bundle["task"]["description"], "é")
         self.assertEqual(verify_dispute_bundle(self.bundle), [])
-        for on_chain in (self.on_chain, self.on_chain.upper()):
+        for on_chain in (self.log.evidence_hash, self.log.evidence_hash.upper()):
             self.assertEqual(verify_dispute_bundle(self.bundle, evidence_hash=on_chain), [])
         self.db.delete_task("t")
         without_task = self.db.dispute_bundle("t")
         self.assertEqual(without_task, {**self.bundle, "task": None})
-        self.assertEqual(verify_dispute_bundle(without_task, evidence_hash=self.on_chain), [])
-        missing = partial(self.db.dispute_bundle, "missing")
-        self.assert_refused(NotFoundError, missing, "proofs:missing")
+        self.assertEqual(verify_dispute_bundle(without_task, evidence_hash=on_chain), [])
+        self.assert_refused(NotFoundError, lambda: self.db.dispute_bundle("gone"), "proofs:gone")
 
     def test_a_bundle_of_other_evidence_does_not_match_the_chain(self) -> None:
-        changes: list[dict[str, Any]] = [
-            {"task_id": "u"},
-            {"inputs": b"in "},
-            {"proof": b""},
-            {"proof_hash": "1" * 64},
-            {"result_data": b"1" * 64},
-        ]
-        for bit in range(len(b"out") * 8):
-            outputs = bytearray(b"out")
-            outputs[bit // 8] ^= 1 << bit % 8
-            changes.append({"outputs": bytes(outputs)})
-        for change, forged in zip(changes, self.forged_bundles(*changes), strict=True):
-            with self.subTest(**change):
-                self.assertEqual(verify_dispute_bundle(forged), [], "it agrees with itself")
-                found = verify_dispute_bundle(forged, evidence_hash=self.on_chain)
-                self.assertIn(forged["evidence_hash"], " ".join(found))
-        found = verify_dispute_bundle(self.bundle, evidence_hash="1" * 64)
-        self.assertIn(self.on_chain, " ".join(found))
+        for name, value in {"task_id": "u", **OTHER_EVIDENCE}.items():
+            other = replace(self.log, **{name: value})
+            with self.subTest(name), OperatorDb(":memory:") as db:
+                db.store_proof(other)
+                bundle = db.dispute_bundle(other.task_id)
+                self.assertEqual(verify_dispute_bundle(bundle), [], "it agrees with itself")
+                found = verify_dispute_bundle(bundle, evidence_hash=self.log.evidence_hash)
+                self.assertIn(other.evidence_hash, " ".join(found))
 
-    def test_a_bundle_in_which_one_field_was_changed_contradicts_itself(self) -> None:
-        changes = {
-            "task_id": "u",
-            "inputs": "AAAA",
-            "outputs": "AAAA",
-            "proof": "AAAA",
-            "proof_hash": "1" * 64,
-            "result_data": "MTEx" * 21 + "MQ==",
-            "evidence_hash": "1" * 64,
-            "extra": 1,
-        }
-        changed = {name: {**self.bundle["proof"], name: changes[name]} for name in changes}
-        bundles = {name: {**self.bundle, "proof": changed[name]} for name in changed}
-        for name in self.bundle:
-            bundles[f"without {name}"] = {**self.bundle}
-            del bundles[f"without {name}"][name]
-        bundles["another task"] = {**self.bundle, "task": {**self.bundle["task"], "task_id": "u"}}
-        for label, bundle in bundles.items():
-            for on_chain in (None, self.on_chain):
-                with self.subTest(label, on_chain=on_chain):
-                    self.assertNotEqual(verify_dispute_bundle(bundle, evidence_hash=on_chain), [])
-
-    def test_a_malformed_bundle_is_reported_and_never_raises(self) -> None:
+    def test_a_bundle_that_was_changed_or_malformed_is_reported_and_never_raises(self) -> None:
         bundle, stored, task = self.bundle, self.bundle["proof"], self.bundle["task"]
         deep: Any = {}
         for _ in range(5000):
             deep = {"task": deep}
         wrong: list[Any] = [None, 5, "text", b"", [], {}, deep, {1: 2}]
         wrong += [{"proof": value} for value in (None, [], {})]
-        for value in (None, 5, [], {}, "x", "x" * 10_000, deep, [deep], 1e400, "\ud800"):
+        wrong += [{key: bundle[key] for key in bundle if key != name} for name in bundle]
+        wrong += [{**bundle, name: 1} for name in ("more", "x" * 10_000, "\ud800", 7)]
+        wrong += [{**bundle, "task": {**task, "task_id": "u"}}]
+        right_in_form = ("AAAA", "1" * 64, "MTEx" * 21 + "MQ==")
+        wrong_in_form = (None, 5, [], {}, "x", "x" * 10_000, deep, [deep], 1e400, "\ud800")
+        for value in (*right_in_form, *wrong_in_form):
             changes = [{name: value} for name in bundle if value is not None or name != "task"]
             changes += [{"task": {**task, "status": value}}]
-            changes += [{value if isinstance(value, str) else 7: 1}]
             changes += [
                 {"proof": {**stored, name: value}}
-                for name in stored
-                if value != stored[name] and (name, value) != ("timestamp", 5)
+                for name in (*stored, "extra")
+                if value != stored.get(name, "none") and (name, value) != ("timestamp", 5)
             ]
             wrong += [{**bundle, **change} for change in changes]
         for each in wrong:
@@ -2258,51 +1801,33 @@ class DisputeBundlesProveThemselves(DatabaseTest):
 
 
 class PruningTakesOnlyWhatMayGo(DatabaseTest):
-    def setUp(self) -> None:
-        super().setUp()
-        self.db = self.open()
-
-    def store_old_tasks(self, number: int, *, payload: bytes) -> None:
-        with self.db.transaction():
-            names = map(str, range(number))
-            fields = {"status": TaskStatus.COMPLETED, "claimed_at": 0, "payload": payload}
-            store_tasks(self.db, *names, **fields)
-
     def test_only_completed_tasks_strictly_older_and_idle_sessions_are_pruned(self) -> None:
         now = 1_774_628_000
+        self.enterContext(mock.patch("time.time", return_value=float(now)))
         for status in TaskStatus:
             for name, age in (("old", 30 * DAY + 1), ("edge", 30 * DAY), ("new", 0)):
                 store_tasks(self.db, f"{status}-{name}", status=status, claimed_at=now - age)
-        late = {"status": TaskStatus.COMPLETED, "claimed_at": 0, "completed_at": now}
-        store_tasks(self.db, "completed late", **late)
+        store_tasks(self.db, "late", status="completed", claimed_at=0, completed_at=now)
         for name, age in (("old", 90 * DAY + 1), ("edge", 90 * DAY), ("new", 0)):
             self.db.append_transcript(name, "user", "x", timestamp=now - age)
         self.db.store_proof(proof("completed-old", timestamp=0, submitted=True))
-        before = exported(self.db)
-        with mock.patch("time.time", return_value=float(now)):
+        before = len(exported(self.db))
+        with self.assert_unchanged():
+            self.db.prune(None, None)
             planned = self.db.prune(dry_run=True)
-            self.assertEqual((planned.tasks, planned.sessions, planned.proofs), (1, 1, 0))
-            self.assertTrue(planned.dry_run)
-            self.assertEqual(exported(self.db), before)
-            nothing = self.db.prune(None, None)
-            self.assertEqual((nothing.tasks, nothing.sessions, nothing.proofs), (0, 0, 0))
-            self.assertEqual(exported(self.db), before)
-            report = self.db.prune()
-        self.assertEqual((report.tasks, report.sessions, report.proofs), (1, 1, 0))
-        self.assertFalse(report.dry_run)
-        self.assertEqual(len(exported(self.db)), len(before) - 2)
+        done = self.db.prune()
+        for report in (planned, done):
+            self.assertEqual((report.tasks, report.sessions, report.proofs), (1, 1, 0))
+        self.assertEqual((planned.dry_run, done.dry_run), (True, False))
+        self.assertEqual(len(exported(self.db)), before - 2)
         self.assertIsNone(self.db.get_task("completed-old"))
         self.assertEqual((self.db.get_session("old"), self.db.transcript("old")), (None, []))
-        self.assertEqual(self.db.check(), [])
+        self.assert_sound()
 
-    def test_an_invalid_number_of_days_is_refused(self) -> None:
-        store_tasks(self.db, "t", status=TaskStatus.COMPLETED, claimed_at=0)
-        prune: Any = self.db.prune
-        for name in ("task_days", "session_days", "proof_days"):
-            for days in (-1, True, "1", float("nan"), float("inf")):
-                with self.subTest(**{name: days}):
-                    self.assert_refused(InvalidRecordError, partial(prune, **{name: days}), "days")
-        self.assertEqual(task_ids(self.db), ["t"])
+    def store_old_tasks(self, number: int, *, payload: bytes) -> None:
+        with self.db.transaction():
+            fields = {"status": "completed", "claimed_at": 0, "payload": payload}
+            store_tasks(self.db, *map(str, range(number)), **fields)
 
     def test_a_prune_gives_the_space_back_to_the_file_system(self) -> None:
         def size() -> int:
@@ -2324,22 +1849,12 @@ class PruningTakesOnlyWhatMayGo(DatabaseTest):
                 other.append_command("s", "x")
                 left.add(other.count_tasks()[TaskStatus.COMPLETED])
 
-        def prune() -> None:
+        with in_background(write):
             try:
                 self.db.prune()
             finally:
                 done.set()
-
-        run_in_threads(write, prune)
         self.assertNotEqual(left - {0, 3000}, set(), "no write came in between")
-
-    def test_a_prune_in_a_transaction_is_rolled_back_with_it(self) -> None:
-        store_tasks(self.db, "t", status=TaskStatus.COMPLETED, claimed_at=0)
-        with suppress(KeyError), self.db.transaction():
-            self.assertEqual(self.db.prune().tasks, 1)
-            self.assertEqual(task_ids(self.db), [])
-            raise KeyError
-        self.assertEqual(task_ids(self.db), ["t"])
 
 
 class AnOperatorsLifeSurvives(DatabaseTest):
@@ -2347,103 +1862,52 @@ class AnOperatorsLifeSurvives(DatabaseTest):
 
     seconds = 40
 
-    def operate(self, path: str, step: Callable[[str], object] = lambda _: None) -> None:
+    def operate(self, path: str, say: Say) -> None:
         """Do an operator's work on one task, from wherever a kill has left it."""
         with OperatorDb(path) as db:
-            step("opened")
-            if db.get_config() is None:
-                db.store_config(
-                    OperatorConfig(
-                        wallet_pubkey=DEVNET_WORKER,
-                        network="devnet",
-                        rpc_endpoints=["https://api.devnet.solana.com"],
-                    )
-                )
-            step("configured")
-            task = db.get_task(DEVNET_TASK)
-            if task is None:
-                task = TaskRecord(
-                    task_id=DEVNET_TASK,
-                    creator=DEVNET_CREATOR,
-                    claimed_at=1774627200,
-                    on_chain_signature=DEVNET_CLAIM,
-                )
-                db.store_task(task)
-            step("claimed")
+            say("opened")
+            db.store_config(OperatorConfig(wallet_pubkey=DEVNET_WORKER, network="devnet"))
+            say("configured")
+            if db.get_task(DEVNET_TASK) is None:
+                claim = {"creator": DEVNET_CREATOR, "on_chain_signature": DEVNET_CLAIM}
+                store_tasks(db, DEVNET_TASK, **claim)
+            say("claimed")
             if not db.transcript("voice"):
-                db.append_transcript("voice", "user", "what is it worth?", timestamp=1774627300)
+                db.append_transcript("voice", "user", "what is it worth?")
             db.link_task("voice", DEVNET_TASK)
-            step("talked")
-            if task.status not in ("disputed", "resolved"):
-                task = db.complete_task(DEVNET_TASK, proof(DEVNET_TASK, b"the report"))
-            step("completed")
+            say("talked")
+            if db.get_task(DEVNET_TASK).status in ("claimed", "completed"):
+                db.complete_task(DEVNET_TASK, proof(DEVNET_TASK, b"the report"))
+            say("completed")
             db.mark_proof_submitted(DEVNET_TASK, "submission")
-            step("submitted")
-            if task.status == "completed":
-                db.update_task_status(
-                    DEVNET_TASK, "disputed", signature=DEVNET_DISPUTE, expected="completed"
-                )
-            step("disputed")
+            say("submitted")
+            db.update_task_status(DEVNET_TASK, "disputed", signature=DEVNET_DISPUTE)
+            say("disputed")
             db.update_task_status(DEVNET_TASK, "resolved", signature=DEVNET_RESOLVE)
-            step("resolved")
+            say("resolved")
 
-    def operate_until_killed(self, last: str, *, during_next: float | None = None) -> None:
-        """Operate in a child that is killed after a step, or so many seconds into the next."""
-
-        def work(say: Say) -> None:
-            def step(name: str) -> None:
-                say(name)
-                if name == last and during_next is None:
-                    signal.pause()
-
-            self.operate(self.path, step)
-
-        child = Child(work)
-        while child.line() != last:
-            pass
-        child.kill(after=during_next or 0.0)
-
-    def test_every_fact_is_there_once_after_a_kill_at_every_step(self) -> None:
+    def test_every_fact_is_there_once_after_kills_at_every_step(self) -> None:
+        self.enterContext(mock.patch("time.time", return_value=1_774_628_000.0))
         steps, rng = list[str](), random.Random(5)
         self.operate(self.other, steps.append)
-        for step in steps:
-            self.operate_until_killed(step)
-            self.operate_until_killed(step, during_next=rng.uniform(0, 0.003))
-        self.operate(self.path)
+        for step in steps * 2:
+            child = Child(partial(self.operate, self.path))
+            while child.line() != step:
+                pass
+            child.kill(after=rng.uniform(0, 0.003))
+        self.operate(self.path, steps.append)
+        self.assertEqual(content_of(self.path), content_of(self.other))
+        self.assert_sound()
         db = self.open()
-        report = db.prune(0, None)
-        self.assertEqual((report.tasks, report.proofs), (0, 0))
         (task,), (session,), (log,) = db.iter_tasks(), db.list_sessions(), db.list_proofs()
-        config = db.get_config()
-        assert config is not None
-        self.assertEqual(
-            [(change.status, change.signature) for change in task.history],
-            [
-                ("claimed", DEVNET_CLAIM),
-                ("completed", None),
-                ("disputed", DEVNET_DISPUTE),
-                ("resolved", DEVNET_RESOLVE),
-            ],
-        )
-        self.assertEqual((task.task_id, task.creator), (DEVNET_TASK, DEVNET_CREATOR))
+        signatures = [change.signature for change in task.history]
+        self.assertEqual(signatures, [DEVNET_CLAIM, None, DEVNET_DISPUTE, DEVNET_RESOLVE])
         self.assertEqual((task.status, task.on_chain_signature), ("resolved", DEVNET_RESOLVE))
-        self.assertEqual((config.wallet_pubkey, config.network), (DEVNET_WORKER, "devnet"))
-        self.assertEqual([entry.content for entry in session.transcript], ["what is it worth?"])
-        self.assertEqual(session.active_task_ids, [DEVNET_TASK])
+        self.assertEqual((len(session.transcript), session.active_task_ids), (1, [DEVNET_TASK]))
         self.assertEqual((log.outputs, log.submission_signature), (b"the report", "submission"))
-        self.assertEqual(db.check(), [])
-        # what another program reads, without this module
-        ((text,),) = self.sql("SELECT value FROM tasks WHERE key = ?", f"tasks:{DEVNET_TASK}")
-        self.assertEqual(json.loads(text)["history"][-1]["signature"], DEVNET_RESOLVE)
-
-    def test_a_resolved_task_and_its_proof_outlive_a_prune_of_tasks_and_sessions(self) -> None:
-        self.operate(self.path)
-        db = self.open()
         with mock.patch("time.time", return_value=time.time() + DAY):
-            report = db.prune(0, 0)
-        self.assertEqual((report.tasks, report.sessions, report.proofs), (0, 1, 0))
-        self.assertIsNotNone(db.get_task(DEVNET_TASK))
-        self.assertIsNotNone(db.get_proof(DEVNET_TASK))
+            self.assertEqual(db.prune(0, 0).sessions, 1)
+        self.assertEqual((db.get_task(DEVNET_TASK), db.get_proof(DEVNET_TASK)), (task, log))
 
     def store_some_of_each(self) -> None:
         """Store what `verbs` work on, and what they read from other files."""
@@ -2461,15 +1925,11 @@ class AnOperatorsLifeSurvives(DatabaseTest):
             db.export(self.file, include_secrets=True)
 
     @staticmethod
-    def session(session_id: str, length: int) -> SessionState:
+    def session(session_id: str, size: int) -> SessionState:
         """Return a session with so many utterances, and as many commands."""
-        said = [
-            TranscriptEntry(role="user", content=str(n) * 9000, timestamp=n) for n in range(length)
-        ]
-        commands = [f"command {number}" for number in range(length)]
-        times = {"created_at": 5, "last_active": 5}
-        log: dict[str, Any] = {"transcript": said, "command_history": commands}
-        return SessionState(session_id=session_id, active_task_ids=["open"], **log, **times)
+        said = [TranscriptEntry(role="user", content="x" * 9000, timestamp=n) for n in range(size)]
+        log: dict[str, Any] = {"transcript": said, "command_history": [*map(str, range(size))]}
+        return SessionState(session_id=session_id, active_task_ids=["open"], last_active=5, **log)
 
     def verbs(self) -> dict[str, Verb]:
         """Return a use of each verb that changes what `store_some_of_each` stored."""
@@ -2480,7 +1940,7 @@ class AnOperatorsLifeSurvives(DatabaseTest):
                 db.complete_task("open", proof("open", large))
                 db.append_transcript("s", "user", "it is done")
                 with db.transaction():
-                    db.delete_task("old")
+                    db.prune(1, None)
                     devices_of(db).delete("one")
 
         resolved = {"status": TaskStatus.RESOLVED, "payload": large}
@@ -2542,7 +2002,6 @@ class AnOperatorsLifeSurvives(DatabaseTest):
                 look("after")
                 watching = False
                 before, *during, after = seen
-                self.assertNotEqual(before, after, "the verb changes nothing")
                 self.assertGreaterEqual(len(during), 3)  # it begins, changes a row and commits
                 for content in during:
                     self.assertTrue(content in (before, after), "a part of the verb can be seen")
@@ -2551,142 +2010,63 @@ class AnOperatorsLifeSurvives(DatabaseTest):
 # ==== What survives: kills, full disks, lost files ================================================
 
 
-class SteppingChild(Child):
-    """A child that runs a generator, and goes on to its next yield each time that it is told to."""
-
-    def __init__(self, steps: Callable[[], Iterator[object]]) -> None:
-        def work(say: Say) -> None:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-            say("ready")
-            signal.sigwait({signal.SIGUSR1})
-            for value in steps():
-                say(json.dumps(value))
-                signal.sigwait({signal.SIGUSR1})
-
-        super().__init__(work)
-        self.line()
-
-    def go_on(self) -> None:
-        """Let the child go on, without waiting for it."""
-        os.kill(self.pid, signal.SIGUSR1)
-
-    def value(self) -> Any:
-        """Wait for the next yield and return its value."""
-        return json.loads(self.line())
-
-    def next(self) -> Any:
-        """Let the child go on to its next yield and return its value."""
-        self.go_on()
-        return self.value()
-
-
 class AcknowledgedWritesSurvive(DatabaseTest):
-    def write(self, db: OperatorDb, name: str, n: int) -> None:
-        """Make the n-th write of a writer: one of five kinds in turn."""
-        task_id = f"{name}-{n}"
-        match n % 5:
-            case 0:
-                store_tasks(db, task_id, payload=bytes(n * 997 % 9000))
-            case 1:
-                parts = [f"{task_id}-{part}" for part in range(4)]
-                with db.transaction():
-                    store_tasks(db, *parts, payload=bytes(2000))
-            case 2:
-                db.append_transcript(name, "user", str(n))
-            case 3:
-                db.complete_task(f"{name}-{n - 3}", proof(f"{name}-{n - 3}"))
-            case 4:
-                store_tasks(db, task_id, status=TaskStatus.COMPLETED, completed_at=n)
-                db.prune()
-
-    def parts_found(self, db: OperatorDb, name: str, n: int) -> list[bool]:
-        """Return for each part of a writer's n-th write whether the database shows it."""
-        task_id = f"{name}-{n}"
-        match n % 5:
-            case 0:
-                return [db.get_task(task_id) is not None]
-            case 1:
-                return [db.get_task(f"{task_id}-{part}") is not None for part in range(4)]
-            case 2:
-                return [str(n) in (entry.content for entry in db.transcript(name))]
-            case 3:
-                task = db.get_task(f"{name}-{n - 3}")
-                is_completed = task is not None and task.status == TaskStatus.COMPLETED
-                return [is_completed, db.get_proof(f"{name}-{n - 3}") is not None]
-            case _:
-                return [db.get_task(task_id) is None]  # it was pruned
-
     def test_every_acknowledged_write_survives_sigkill(self) -> None:
         def write_without_end(name: str, durable: bool, say: Say) -> None:
             with OperatorDb(self.path, durable=durable) as db:
                 for n in itertools.count():
-                    self.write(db, name, n)
+                    with db.transaction():
+                        store_tasks(db, f"{name} {n:03} a", payload=bytes(n * 997 % 9000))
+                        store_tasks(db, f"{name} {n:03} b")
+                    db.append_command(name, str(n))
                     say(n)
 
         rng = random.Random(3)
         for number in range(10):
-            names = [f"w{number}a", f"w{number}b"]
-            writers = [Child(partial(write_without_end, name, number % 2 == 0)) for name in names]
-            for name, writer in zip(names, writers, strict=True):
-                acknowledged = [writer.line() for _ in range(rng.randrange(25))]
+            names, durable = (f"w{number}a", f"w{number}b"), number % 2 == 0
+            writers = {name: Child(partial(write_without_end, name, durable)) for name in names}
+            for name, writer in writers.items():
+                acknowledged = [writer.line() for _ in range(rng.randrange(1, 25))]
                 acknowledged += writer.kill(after=rng.uniform(0, 0.008))
                 with OperatorDb(self.path) as db:
-                    for n in range(len(acknowledged)):
-                        self.assertTrue(all(self.parts_found(db, name, n)), f"{name}-{n} is lost")
-                    unanswered = self.parts_found(db, name, len(acknowledged))
-                    self.assertEqual(len(set(unanswered)), 1, f"{name} is stored by halves")
-                    said = [int(entry.content) for entry in db.transcript(name)]
-                    self.assertEqual(said, sorted(set(said)))
+                    said = db.get_session(name).command_history
+                    stored = [task_id for task_id in task_ids(db) if task_id.startswith(name)]
+                blocks = len(stored) // 2
+                self.assertTrue(len(acknowledged) <= len(said) <= blocks <= len(said) + 1)
+                self.assertEqual(said, [*map(str, range(len(said)))])
+                whole = [f"{name} {n:03} {part}" for n in range(blocks) for part in "ab"]
+                self.assertEqual(stored, whole)
             self.assert_sound()
 
     def test_a_creator_that_is_killed_leaves_a_path_that_can_be_opened(self) -> None:
-        def create(path: str, last_call: int, say: Say) -> int:
-            """Die after one of the module's calls into C; 0: return how many there are."""
-            calls = 0
-
-            def strike(frame: Any, event: str, _: object) -> None:
-                nonlocal calls
-                if event == "c_return" and frame.f_code.co_filename == operator_db.__file__:
-                    calls += 1
-                    if calls == last_call:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.setprofile(strike)
-            with OperatorDb(path) as db:
+        def create(path: str, number: int, say: Say) -> int:
+            with interrupt_at_call(number, kill=True) as calls, OperatorDb(path) as db:
                 store_tasks(db, "first")
                 say("acknowledged")
-            return calls
+            return calls()
 
-        total = Child(partial(create, self.path, 0)).result()
-        for last_call in range(1, total, total // 25):
-            path = self.beside(f"{last_call}/operator.db")
-            creator = Child(partial(create, path, last_call))
-            said = creator.lines.read()
-            creator.reap()
-            self.assertNotIn("!", said, "the creator failed")
-            with OperatorDb(path) as db:
-                self.assertTrue(db.get_task("first") or "acknowledged" not in said)
-                self.assertEqual(db.check(), [])
-
-    def test_an_empty_database_that_a_killed_process_left_is_adopted(self) -> None:
-        self.sql("PRAGMA journal_mode=WAL")
-        self.assertGreater(os.stat(self.path).st_size, 0)
-        with OperatorDb(self.path) as db:
-            store_tasks(db, "t")
-        self.assert_sound()
+        no_link = mock.Mock(side_effect=OSError(errno.EPERM, "no hard links here"))
+        for label, link in (("links", os.link), ("no links", no_link)):
+            with self.subTest(label), mock.patch("os.link", link):
+                total = Child(partial(create, self.beside(label), -1)).result()
+                for number in range(1, total, total // 20):
+                    path = self.beside(f"{label} {number}/operator.db")
+                    said = Child(partial(create, path, number)).last_words()
+                    with OperatorDb(path) as db:
+                        self.assertTrue(db.get_task("first") or "acknowledged" not in said)
+                        self.assertEqual(db.check(), [])
 
     def test_an_exit_with_threads_alive_is_silent_and_loses_nothing(self) -> None:
         program = """
-import itertools, os, threading
-
-db, seen = OperatorDb(sys.argv[1]), threading.Semaphore(0)
+import os, threading
 
 def work(name):
-    for n in itertools.count():
+    for n in range(10**9):
         db.store_task(TaskRecord(task_id=f"{name} {n}"))
         os.write(1, f"{name} {n}\\n".encode())
         seen.release()
 
+db, seen = OperatorDb(sys.argv[1]), threading.Semaphore(0)
 for name in range(4):
     threading.Thread(target=work, args=(name,), daemon=True).start()
 for _ in range(40):
@@ -2694,104 +2074,93 @@ for _ in range(40):
 """
         done = run_program(program, self.path)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
-        with OperatorDb(self.path) as db:
-            self.assertLessEqual(set(done.stdout.splitlines()), set(task_ids(db)))
-            self.assertEqual(db.check(), [])
+        self.assert_sound()
+        self.assertLessEqual(set(done.stdout.splitlines()), set(task_ids(self.open())))
+
+
+def mount_two_megabytes(folder: str) -> bool:
+    """Give this process a disk of its own at a folder; return whether it may have one."""
+    libc, unshare_mounts, recursive_and_private = ctypes.CDLL(None), 0x20000, 0x44000
+    return not (
+        libc.unshare(unshare_mounts)
+        or libc.mount(None, b"/", None, recursive_and_private, None)
+        or libc.mount(b"none", folder.encode(), b"tmpfs", 0, b"size=2m")
+    )
 
 
 class FailedCallsStoreNothing(DatabaseTest):
-    def without_room(self, size: int, action: Verb) -> None:
-        """Call `action(db)` while no file may outgrow a size; then the same object must store."""
+    def use_up_the_room(self, db: OperatorDb) -> list[str]:
+        """Write more than there is room for; return the tasks that must be there."""
 
-        def work() -> None:
-            with OperatorDb(self.path) as db:
-                with file_size_limit(size):
-                    action(db)
-                store_tasks(db, "room again", payload=bytes(2_000_000))
-                self.assertEqual(db.check(), [])
+        def store_too_much(db: OperatorDb) -> None:
+            with db.transaction():
+                store_tasks(db, *map(str, range(100)), payload=bytes(400_000))
 
-        in_child(work)
-        with OperatorDb(self.path) as db:
-            self.assertEqual(len(db.get_task("room again").payload), 2_000_000)
-            self.assertEqual(db.check(), [])
-
-    def test_completing_a_task_without_room_stores_neither_status_nor_proof(self) -> None:
-        with OperatorDb(self.path) as db:
-            store_tasks(db, "t", claimed_at=5)
-        # limits so close that one of them lies between the proof and the status
-        outcomes = self.assert_all_or_nothing(
-            lambda db: db.complete_task("t", proof("t", bytes(9000))), "full disk", tries=20
+        doomed: tuple[Verb, ...] = (
+            store_too_much,
+            lambda db: store_tasks(db, "after"),
+            lambda db: db.get_task("before"),
+            lambda db: db.append_command("s", "after"),
+            lambda db: db.transaction().__enter__(),
         )
-        self.assertGreater(outcomes["full disk: before"], 0)
-        self.assertGreater(outcomes["full disk: after"], 0)
-
-    def test_a_batch_without_room_is_undone_as_a_whole(self) -> None:
-        def store_batch(db: OperatorDb) -> None:
-            with db.transaction():  # more than SQLite's cache holds: it fails within, or at its end
-                store_tasks(db, *map(str, range(60)), payload=bytes(60_000))
-
-        OperatorDb(self.path).close()
-        outcomes = self.assert_all_or_nothing(store_batch, "full disk", tries=6)
-        self.assertGreater(outcomes["full disk: before"], 0)
-        self.assertGreater(outcomes["full disk: after"], 0)
-
-    def test_what_was_acknowledged_before_the_disk_was_full_can_be_read(self) -> None:
-        def write(db: OperatorDb) -> None:
-            acknowledged = []
-            with self.assertRaises(StorageError) as caught:
-                for n in range(1000):
-                    store_tasks(db, f"t{n}", payload=bytes(20_000))
-                    acknowledged.append(f"t{n}")
-            self.assertIn(self.path, str(caught.exception))
-            self.assertGreater(len(acknowledged), 3)
-            for _ in range(3):
+        refused, acknowledged = 0, list[str]()
+        with self.assertRaises(StorageError), db.transaction():
+            store_tasks(db, "before")
+            for verb in doomed:
                 with self.assertRaises(StorageError):
-                    db.append_transcript("s", "user", "x" * 200_000)
-            self.assertEqual(task_ids(db), sorted(acknowledged))
-            self.assertIsNone(db.get_session("s"))
+                    verb(db)
+                refused += 1
+        self.assertEqual(refused, len(doomed), "the block could not go on after the first error")
+        with self.assertRaises(StorageError) as caught:
+            for n in range(1000):
+                store_tasks(db, f"{n:03}", payload=bytes(20_000))
+                acknowledged.append(f"{n:03}")
+        self.assertIn(self.path, str(caught.exception))
+        self.assertGreater(len(acknowledged), 3)
+        with self.assertRaises(StorageError):
+            db.append_transcript("s", "user", "x" * 200_000)
+        self.assertEqual((task_ids(db), db.get_session("s")), (acknowledged, None))
+        return acknowledged
 
-        self.without_room(400_000, write)
+    def test_a_full_disk_loses_nothing_and_is_written_to_again_when_there_is_room(self) -> None:
+        @contextmanager
+        def ballast() -> Iterator[None]:
+            write_bytes(self.beside("ballast"), bytes(600_000))
+            yield
+            os.unlink(self.beside("ballast"))
 
-    def test_a_full_disk_dooms_the_whole_block_though_the_error_is_caught_within(self) -> None:
-        later: tuple[tuple[str, Verb], ...] = (
-            ("store", lambda db: store_tasks(db, "after")),
-            ("read", lambda db: db.get_task("before")),
-            ("append", lambda db: db.append_command("s", "after")),
-            ("begin a block", lambda db: db.transaction().__enter__()),
-        )
+        def write(disk_is_full: AbstractContextManager[object]) -> None:
+            with OperatorDb(self.path) as db:
+                with disk_is_full:
+                    acknowledged = self.use_up_the_room(db)
+                store_tasks(db, "room again", payload=bytes(100_000))
+            self.assert_sound()
+            with OperatorDb(self.path) as db:
+                self.assertEqual(task_ids(db), [*acknowledged, "room again"])
 
-        def write(db: OperatorDb) -> None:
-            reached = False
-            with self.assertRaises(StorageError), db.transaction():
-                store_tasks(db, "before")
-                with self.assertRaises(StorageError), db.transaction():
-                    store_tasks(db, *map(str, range(100)), payload=bytes(400_000))
-                for label, verb in later:
-                    with self.assertRaises(StorageError, msg=label):
-                        verb(db)
-                reached = True
-            self.assertTrue(reached, "the block went on after the error")
-            self.assertEqual(task_ids(db), [])
+        def write_to_a_small_disk() -> bool:
+            may_mount = mount_two_megabytes(self.folder)
+            if may_mount:
+                write(ballast())
+            return may_mount
 
-        self.without_room(300_000, write)
+        in_child(partial(write, file_size_limit(400_000)))
+        if not in_child(write_to_a_small_disk):
+            self.skipTest("needs the right to mount a file system")
 
     def test_a_prune_without_room_can_be_done_again(self) -> None:
-        def prune(db: OperatorDb) -> None:
-            with self.assertRaises(StorageError):
+        def prune() -> None:
+            with OperatorDb(self.path) as db:
+                with file_size_limit(33_000):
+                    self.assert_refused(StorageError, db.prune)
+                    self.assertEqual(db.check(), [])
                 db.prune()
-            left = len(task_ids(db))
-            with suppress(StorageError):
-                db.prune()
-            self.assertLessEqual(len(task_ids(db)), left)
-            self.assertEqual(db.check(), [])
+                self.assertEqual(task_ids(db), [])
 
         old = {"payload": bytes(3000), "status": TaskStatus.COMPLETED, "completed_at": 5}
         with OperatorDb(self.path, durable=False) as db, db.transaction():
-            store_tasks(db, *(f"t{n}" for n in range(400)), **old)
-        self.without_room(33_000, prune)
-        with OperatorDb(self.path) as db:
-            db.prune()
-            self.assertEqual(task_ids(db), ["room again"])
+            store_tasks(db, *map(str, range(400)), **old)
+        in_child(prune)
 
     def test_a_database_that_cannot_be_created_leaves_no_file(self) -> None:
         def create() -> None:
@@ -2802,164 +2171,77 @@ class FailedCallsStoreNothing(DatabaseTest):
 
         in_child(create)
 
-    def test_a_full_file_system_refuses_writes_until_there_is_room_again(self) -> None:
-        program = """
-import os
-
-folder = sys.argv[1]
-path, ballast = folder + "/operator.db", folder + "/ballast"
-with open(ballast, "wb") as file:
-    file.write(bytes(600_000))
-db, acknowledged = OperatorDb(path), []
-for _ in range(3):
-    try:
-        while True:
-            db.store_task(TaskRecord(task_id=f"{len(acknowledged)}", payload=bytes(30_000)))
-            acknowledged.append(f"{len(acknowledged)}")
-    except StorageError as error:
-        assert path in str(error), error
-    try:
-        with db.transaction():
-            db.store_task(TaskRecord(task_id="half"))
-            db.store_task(TaskRecord(task_id="other half", payload=bytes(10**7)))
-    except StorageError:
-        pass
-    else:
-        raise AssertionError("ten megabytes went into two")
-assert len(acknowledged) > 5
-os.unlink(ballast)
-db.store_task(TaskRecord(task_id="room", payload=bytes(20_000)))
-found = [task.task_id for task in db.iter_tasks()]
-assert found == sorted([*acknowledged, "room"]), found
-assert db.check() == [], db.check()
-db.close()
-with OperatorDb(path) as db:
-    assert db.get_task("room")
-"""
-        mount = 'mount -t tmpfs -o size=2m none "$1" && shift && exec "$@"'
-        wrap = ("unshare", "--mount", "sh", "-c", mount, "sh", self.folder)
-        probe = [*wrap, "true"]
-        may_try = os.geteuid() == 0 and shutil.which("unshare")
-        if not may_try or subprocess.run(probe, capture_output=True, check=False).returncode:
-            self.skipTest("needs the right to mount a file system")
-        done = run_program(program, self.folder, wrap=wrap)
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-
 
 class LostFilesAreNoticed(DatabaseTest):
     """A file or directory that may not be written, or that is gone, is never a silent loss."""
 
-    def test_a_file_that_may_not_be_written_is_read_and_writes_are_refused(self) -> None:
-        def look() -> None:
-            with OperatorDb(self.path, read_only=True) as db:
-                self.assertEqual(len(task_ids(db)), 40)
-                self.assertEqual(db.check(), [])
-                self.assert_refused(StorageError, lambda: store_tasks(db, "new"), self.path)
-            with self.assertRaises(StorageError), OperatorDb(self.path) as db:
+    def test_what_may_not_be_written_is_read_and_writes_are_refused(self) -> None:
+        def use(path: str, name: str, mode: int) -> list[str]:
+            os.chmod(name, mode)
+            with OperatorDb(path, read_only=True) as db:
+                self.assertEqual((task_ids(db), db.check()), (["before"], []))
+            with self.assertRaises(StorageError), OperatorDb(path) as db:
                 store_tasks(db, "new")
+            if name == self.folder:
+                self.assert_refused(StorageError, lambda: OperatorDb(self.file), self.file)
+            os.chmod(name, mode | 0o200)
+            with OperatorDb(path) as db:
+                os.chmod(name, mode)
+                with suppress(StorageError):  # what is open already may still be written
+                    store_tasks(db, "after")
+                return task_ids(db)
 
-        fill(self.path)
-        with self.assert_unchanged():
-            os.chmod(self.path, 0o400)
-            as_nobody(self.folder, look)
-            os.chmod(self.path, 0o600)
+        for path, name, mode in ((self.path, self.path, 0o400), (self.other, self.folder, 0o500)):
+            with self.subTest(name):
+                with OperatorDb(path) as db:
+                    store_tasks(db, "before")
+                stored = as_nobody(self.folder, partial(use, path, name, mode))
+                os.chmod(name, mode | 0o200)
+                with OperatorDb(path) as db:
+                    self.assertEqual(task_ids(db), stored)
+        self.assertEqual(self.names(), {"operator.db", "other.db"})
 
-    def test_a_directory_that_may_not_be_written_is_read_and_writes_are_refused(self) -> None:
-        def look() -> None:
-            os.chmod(self.folder, 0o500)
-            with OperatorDb(self.path, read_only=True) as db:
-                self.assertEqual(len(task_ids(db)), 40)
-            with self.assertRaises(StorageError), OperatorDb(self.path) as db:
-                store_tasks(db, "new")
-            self.assert_refused(StorageError, lambda: OperatorDb(self.other), self.other)
-
-        fill(self.path)
-        with self.assert_bytes_unchanged():
-            as_nobody(self.folder, look)
-            os.chmod(self.folder, 0o700)
-
-    def test_modes_taken_away_under_an_open_database_lose_nothing_acknowledged(self) -> None:
-        def work() -> list[str]:
-            acknowledged = ["first"]
-            with OperatorDb(self.path) as db:
-                store_tasks(db, "first")
-                for name, mode in ((self.path, 0o400), (self.folder, 0o500)):
-                    os.chmod(name, mode)
-                    with suppress(StorageError):
-                        store_tasks(db, f"mode {mode:o}")
-                        acknowledged.append(f"mode {mode:o}")
-            return acknowledged
-
-        acknowledged = as_nobody(self.folder, work)
-        os.chmod(self.folder, 0o700)
-        os.chmod(self.path, 0o600)
-        with OperatorDb(self.path) as db:
-            self.assertEqual(task_ids(db), sorted(acknowledged))
-
-    def assert_loss_is_noticed(self, lose: Callable[[], object]) -> None:
-        """Lose files under an open database; every write from then on must be refused."""
-        with OperatorDb(self.path) as db:
-            store_tasks(db, "before")
-            lose()
-            for _ in range(2):
-                self.assert_refused(StorageError, lambda: store_tasks(db, "after"), self.path)
-            with self.assertRaises(StorageError), db.transaction():
-                db.append_transcript("s", "user", "after")
-
-    def remove(self, *endings: str) -> None:
-        """Remove the database or what stands beside it, where it is there."""
-        for ending in endings:
-            with suppress(FileNotFoundError):
-                os.unlink(self.path + ending)
-
-    def test_writes_to_files_that_were_deleted_are_refused(self) -> None:
-        def replace_log() -> None:
-            self.remove("-wal")
-            write_bytes(self.path + "-wal", b"")
-
-        cases: tuple[tuple[str, Callable[[], object]], ...] = (
-            ("the database", partial(self.remove, "")),
-            ("its log", partial(self.remove, "-wal")),
-            ("its log, and a new one is there", replace_log),
-            ("all files", partial(self.remove, "", "-wal", "-shm")),
-        )
-        for label, lose in cases:
-            with self.subTest(label):
-                self.assert_loss_is_noticed(lose)
-                if not os.path.exists(self.path):
-                    self.remove("-wal", "-shm")  # a log without its database is never opened
-                self.assert_sound()
-
-    def test_writes_to_a_replaced_file_are_refused_and_leave_the_new_one_alone(self) -> None:
-        def replace_it() -> None:
-            self.remove("-wal", "-shm")
-            os.rename(self.other, self.path)
-
+    def test_writes_to_files_that_were_removed_or_replaced_are_refused(self) -> None:
         fill(self.other)
-        content, image = content_of(self.other), read_bytes(self.other)
-        self.assert_loss_is_noticed(replace_it)
-        self.assertTrue(read_bytes(self.path) == image)
-        self.assertEqual(content_of(self.path), content)
+        image, all_files = read_bytes(self.other), ("", "-wal", "-shm")
+        cases: tuple[tuple[str, tuple[str, ...], bytes | None], ...] = (
+            ("the database is gone", ("",), None),
+            ("its log is gone", ("-wal",), None),
+            ("its log is another", ("-wal",), b""),
+            ("all files are gone", all_files, None),
+            ("the database is another, beside its log", ("",), image),
+            ("the database is another", all_files, image),
+        )
+        for label, removed, replacement in cases:
+            with self.subTest(label):
+                with OperatorDb(self.path) as db:
+                    store_tasks(db, "before")
+                    for ending in removed:
+                        os.unlink(self.path + ending)
+                    if replacement is not None:
+                        write_bytes(self.path + removed[0], replacement)
+                    for _ in range(2):
+                        store = partial(store_tasks, db, "after")
+                        self.assert_refused(StorageError, store, self.path)
+                    with self.assertRaises(StorageError), db.transaction():
+                        db.append_transcript("s", "user", "after")
+                for ending in all_files[1:]:  # a log without its database is never opened
+                    with suppress(FileNotFoundError):
+                        os.unlink(self.path + ending)
+                self.assert_sound()
+        self.assertTrue(read_bytes(self.path) == image, "the other database was changed")
 
     def test_closing_a_replaced_database_takes_nothing_from_its_successor(self) -> None:
-        def succeed() -> Iterator[str]:
-            with OperatorDb(self.path) as db:
-                for task_id in ("one", "two"):
-                    store_tasks(db, task_id)
-                    yield "stored"
-
-        successor = SteppingChild(succeed)
-        self.addCleanup(successor.kill)
         db = OperatorDb(self.path)
         store_tasks(db, "old")
         for ending in ("", "-wal", "-shm"):
             os.rename(self.path + ending, self.path + ".moved" + ending)
-        successor.next()
-        self.assert_refused(StorageError, lambda: store_tasks(db, "lost"), self.path)
-        db.close()
-        successor.next()
-        with OperatorDb(self.path) as db:
-            self.assertEqual(task_ids(db), ["one", "two"])
+        with OperatorDb(self.path) as successor:
+            store_tasks(successor, "one")
+            self.assert_refused(StorageError, lambda: store_tasks(db, "lost"), self.path)
+            db.close()
+            store_tasks(successor, "two")
+            self.assertEqual(task_ids(self.open()), ["one", "two"])
 
 
 # ==== Who may do what at the same time ============================================================
@@ -2968,17 +2250,17 @@ class LostFilesAreNoticed(DatabaseTest):
 class TransactionsAreAllOrNothing(DatabaseTest):
     def test_a_transaction_is_whole_or_undone_whatever_happens(self) -> None:
         def change(db: OperatorDb) -> None:
-            with db.transaction():
-                store_tasks(db, "new", payload=bytes(90_000))
+            with db.transaction():  # more than SQLite's cache holds: it writes before the end
+                store_tasks(db, *map(str, range(40)), payload=bytes(60_000))
                 with db.transaction():
                     db.append_transcript("s0", "user", "new")
                     db.complete_task("t0", proof("t0", submitted=True))
                 db.delete_task("t1")
 
         fill(self.path, tasks=6)
-        outcomes = self.assert_all_or_nothing(change, tries=12)
-        self.assertGreater(outcomes["interrupt: before"], 0)
-        self.assertGreater(outcomes["full disk: before"], 0)
+        outcomes = self.assert_all_or_nothing(change, tries=8)
+        for fault in ("kill: before", "interrupt: before", "full disk: before", "full disk: after"):
+            self.assertGreater(outcomes[fault], 0, fault)
 
     def test_a_block_sees_its_own_changes_and_others_see_them_once_it_ends(self) -> None:
         db, other = self.open(), self.open()
@@ -2989,32 +2271,29 @@ class TransactionsAreAllOrNothing(DatabaseTest):
             self.assertIsNone(other.get_task("new"))
             run_in_threads(lambda: self.assertIsNone(db.get_task("new")))
         self.assertIsNotNone(other.get_task("new"))
-        run_in_threads(lambda: self.assertIsNotNone(db.get_task("new")))
 
-    def test_a_block_that_raises_is_undone_and_its_error_passes(self) -> None:
+    def test_a_block_is_committed_once_or_undone_and_its_error_passes(self) -> None:
         db = self.open()
         store_tasks(db, "old")
         for error in (KeyError, StopIteration, KeyboardInterrupt, ConflictError):
             with self.subTest(error=error):
                 with self.assertRaises(error), db.transaction():
                     db.delete_task("old")
-                    db.append_transcript("s", "user", "x")
-                    raise error
-                with self.assertRaises(error), db.transaction(), db.transaction():
-                    store_tasks(db, "new")
-                    raise error
+                    with db.transaction():
+                        db.append_transcript("s", "user", "x")
+                        raise error
                 with self.assertRaises(error), ExitStack() as stack:
                     stack.enter_context(db.transaction())
                     store_tasks(db, "new")
                     raise error
                 self.assertEqual((task_ids(db), db.get_session("s")), (["old"], None))
-
-    def test_a_block_in_an_exit_stack_is_committed(self) -> None:
-        db = self.open()
+        block = db.transaction()
         with ExitStack() as stack:
-            stack.enter_context(db.transaction())
-            store_tasks(db, "t")
-        self.assertEqual(task_ids(db), ["t"])
+            stack.enter_context(block)
+            store_tasks(db, "new")
+        with self.assertRaises(ConflictError), block:
+            self.fail("a block was entered twice")
+        self.assertEqual(task_ids(db), ["new", "old"])
 
     def test_a_nested_block_can_be_undone_without_the_outer_one(self) -> None:
         db = self.open()
@@ -3046,55 +2325,41 @@ class TransactionsAreAllOrNothing(DatabaseTest):
         self.assertEqual([log.outputs for log in db.list_proofs()], [b"one"])
         self.assertEqual([entry.content for entry in db.transcript("s")], ["kept"])
 
-    def test_a_block_is_used_once(self) -> None:
-        db = self.open()
-        block = db.transaction()
-        with block:
-            store_tasks(db, "t")
-        with self.assertRaises(ConflictError), block:
-            pass
-        self.assertEqual(task_ids(db), ["t"])
-
 
 class ThreadsAndProcessesTakeTurns(DatabaseTest):
     @contextmanager
-    def own_block(self, db: OperatorDb) -> Iterator[Callable[[], object]]:
-        """Hold the lock in this thread until the block calls what it is given."""
-        with ExitStack() as stack:
-            stack.enter_context(db.transaction())
-            store_tasks(db, "held")
-            yield stack.close
+    def block_that_has_only_read(self, db: OperatorDb) -> Iterator[None]:
+        with db.transaction():
+            self.assertIsNone(db.get_task("mine"))
+            yield
 
     @contextmanager
-    def block_of_a_process(self) -> Iterator[Callable[[], object]]:
-        """Let another process hold the lock until the block calls what it is given."""
+    def block_of_a_process(self) -> Iterator[None]:
         child = holding_the_lock(self.path)
-
-        def leave() -> None:
-            os.kill(child.pid, signal.SIGUSR1)
-            child.result()
-
-        yield leave
+        yield
+        os.kill(child.pid, signal.SIGUSR1)
+        child.result()
 
     def test_a_write_that_waits_in_vain_is_a_busy_error_and_can_be_done_again(self) -> None:
         db, other = self.open(timeout=0.1), self.open()
+        store = partial(store_tasks, db, "mine")
         holders = (
             ("another thread", open_block(db, "held")),
             ("another object in another thread", open_block(other, "held")),
-            ("another object in this thread", self.own_block(other)),
+            ("another object in this thread", self.block_that_has_only_read(other)),
             ("another process", self.block_of_a_process()),
         )
-        for label, holder in holders:
-            with self.subTest(label), holder as leave:
-                began = time.monotonic()
-                error = self.assert_refused(BusyError, lambda: store_tasks(db, "mine"), self.path)
-                self.assertTrue(0.1 <= time.monotonic() - began < 5)
-                self.assertIsInstance(error, TimeoutError)
-                self.assertEqual(task_ids(db), [], "a reader waits for nobody")
-                leave()
-                store_tasks(db, "mine")
-                self.assertEqual(task_ids(db), ["held", "mine"])
+        for label, block in holders:
+            with self.subTest(label):
+                with block:
+                    began = time.monotonic()
+                    error = self.assert_refused(BusyError, store, self.path)
+                    self.assertTrue(0.1 <= time.monotonic() - began < 5)
+                    self.assertIsInstance(error, TimeoutError)
+                    self.assertEqual(task_ids(db), [], "a reader waits for nobody")
+                store()
                 store_tasks(other, "its turn, too")
+                self.assertLessEqual({"its turn, too", "mine"}, {*task_ids(db)})
             for task_id in task_ids(db):
                 db.delete_task(task_id)
 
@@ -3109,35 +2374,24 @@ class ThreadsAndProcessesTakeTurns(DatabaseTest):
 
         with db.transaction():
             run_in_threads(*[write] * 800)
-        self.assertEqual(len(waited), 800)
         self.assertLess(max(waited), 0.7)  # and not a millisecond for each place
 
     def test_writers_that_waited_for_each_other_do_not_sleep_after_their_turns(self) -> None:
-        db, sleep, slept = self.open(), time.sleep, list[float]()
-
-        def counted_sleep(seconds: float) -> None:
-            slept.append(seconds)
-            sleep(seconds)
+        db = self.open()
 
         def write() -> None:
             for _ in range(10):
                 db.append_command("s", "x")
 
-        self.enterContext(mock.patch("time.sleep", counted_sleep))
-        with open_block(db, "first") as leave, in_background(*[write] * 8):
+        with (
+            mock.patch("time.sleep", wraps=time.sleep) as sleep,
+            open_block(db, "first") as leave,
+            in_background(*[write] * 8),
+        ):
             sleep(0.03)  # a long turn, after which other processes are let in
             leave()
         self.assertEqual(len(db.get_session("s").command_history), 80)
-        self.assertLess(len(slept), 40)
-
-    def test_a_block_that_has_only_read_keeps_other_writers_out(self) -> None:
-        db, other = self.open(), self.open(timeout=0)
-        store_tasks(db, "t", reward_lamports=1)
-        with db.transaction():
-            reward = db.get_task("t").reward_lamports
-            self.assert_refused(BusyError, lambda: store_tasks(other, "t", reward_lamports=5))
-            store_tasks(db, "t", reward_lamports=reward + 1)
-        self.assertEqual(other.get_task("t").reward_lamports, 2)
+        self.assertLess(sleep.call_count, 40)
 
     def test_threads_that_read_at_once_never_share_a_connection(self) -> None:
         meeting = threading.Barrier(2)
@@ -3148,16 +2402,12 @@ class ThreadsAndProcessesTakeTurns(DatabaseTest):
                 with suppress(threading.BrokenBarrierError):
                     meeting.wait(2)
 
-        def read_in_turn_then_at_once() -> None:
+        def read_at_once() -> None:
             connections = self.watch_connections(listener=meet)
             db = self.open()
+            db.get_task("t")
+            before = len(connections)
             with ThreadPoolExecutor(1) as other:
-                db.get_task("t")
-                before = len(connections)
-                for _ in range(5):
-                    other.submit(db.get_task, "t").result()
-                    db.get_task("t")
-                self.assertEqual(len(connections), before, "threads that read in turn share one")
                 for _ in range(5):
                     reading = other.submit(db.get_task, "meet")
                     db.get_task("meet")
@@ -3165,109 +2415,63 @@ class ThreadsAndProcessesTakeTurns(DatabaseTest):
             self.assertFalse(meeting.broken, "one thread had to wait for the other's connection")
             self.assertEqual(len(connections), before + 1)
 
-        in_child(read_in_turn_then_at_once, seconds=5)  # a shared connection may hang for good
-
-    def work(self, db: OperatorDb, worker: int, *, rounds: int = 12) -> None:
-        """Read, and increment or append in one of four ways, many times."""
-        tallies = tallies_of(db)
-        for n in range(rounds):
-            task_id = f"t{n * 7 % 40}"
-            task = db.get_task(task_id)
-            self.assertEqual((task.task_id, task.payload), (task_id, task_id.encode() * 99))
-            match worker % 4:
-                case 0:
-                    tallies.update("a", lambda tally: replace(tally, count=tally.count + 1))
-                case 1:
-                    with db.transaction():
-                        tally = tallies.get("b")
-                        tallies.put(replace(tally, count=tally.count + 1))
-                case 2:
-                    db.append_transcript("shared", "user", f"{worker} {n}")
-                case 3:
-                    self.assertEqual(len(task_ids(db)), 40)
+        in_child(read_at_once, seconds=5)  # a shared connection may hang for good
 
     def test_sixteen_threads_and_four_processes_lose_no_increment(self) -> None:
-        def work_in_process(worker: int, _: Say) -> None:
-            with OperatorDb(self.path, durable=False) as db:
-                self.work(db, worker)
+        def work(db: OperatorDb, worker: int) -> None:
+            tallies = tallies_of(db)
+            for n in range(6):
+                task_id = f"t{(worker + n) % 9}"
+                task = db.get_task(task_id)
+                self.assertEqual((task.task_id, task.payload), (task_id, task_id.encode() * 99))
+                tallies.update("a", lambda tally: replace(tally, count=tally.count + 1))
+                with db.transaction():
+                    tally = tallies.get("b")
+                    tallies.put(replace(tally, count=tally.count + 1))
+                db.append_command("shared", f"{worker} {n}")
+                self.assertEqual(len(task_ids(db)), 9)
 
         db = self.open()
-        for n in range(40):
+        for n in range(9):
             store_tasks(db, f"t{n}", payload=f"t{n}".encode() * 99)
-        tallies = tallies_of(db)
-        tallies.put(Tally(name="a"))
-        tallies.put(Tally(name="b"))
-        children = [Child(partial(work_in_process, worker)) for worker in range(16, 20)]
-        run_in_threads(*(partial(self.work, db, worker) for worker in range(16)))
+        for name in ("a", "b"):
+            tallies_of(db).put(Tally(name=name))
+        children = [Child(lambda _, n=n: work(OperatorDb(self.path), n)) for n in range(16, 20)]
+        run_in_threads(*(partial(work, db, worker) for worker in range(16)))
         for child in children:
             child.result()
-        self.assertEqual([tally.count for tally in tallies.values()], [60, 60])
-        said = [entry.content for entry in db.transcript("shared")]
-        wanted = [f"{worker} {n}" for worker in range(2, 20, 4) for n in range(12)]
-        self.assertEqual(sorted(said), sorted(wanted))
-        self.assertEqual(db.check(), [])
-
-    def test_a_second_handle_drops_no_lock_of_the_first(self) -> None:
-        def write() -> Iterator[list[str]]:
-            for number in itertools.count():
-                with OperatorDb(self.path) as other:
-                    store_tasks(other, f"{number} beside")
-                    yield task_ids(other)
-
-        process = SteppingChild(write)
-        self.addCleanup(process.kill)
-        db = self.open(durable=True)
-        meddlers: tuple[tuple[str, Callable[[], object]], ...] = (
-            ("another handle", lambda: OperatorDb(self.path).close()),
-            ("a reader", lambda: OperatorDb(self.path, read_only=True).close()),
-            ("a check", db.check),
-            ("a prune", db.prune),
-        )
-        stored: list[str] = []
-        for number, (label, meddle) in enumerate(meddlers):
-            with self.subTest(label):
-                store_tasks(db, f"{number} before")
-                meddle()
-                stored += [f"{number} before", f"{number} beside"]
-                self.assertEqual(process.next(), stored)
-                store_tasks(db, f"{number} later")
-                stored.append(f"{number} later")
-        self.assertEqual(process.next(), [*stored, "4 beside"])
+        self.assertEqual([tally.count for tally in tallies_of(db).values()], [120, 120])
+        said = Counter(f"{worker} {n}" for worker in range(20) for n in range(6))
+        self.assertEqual(Counter(db.get_session("shared").command_history), said)
         self.assertEqual(db.check(), [])
 
     def test_no_live_file_is_ever_opened_raw(self) -> None:
-        opened, is_live = list[str](), False
+        """Closing a descriptor of a file drops every lock that SQLite holds on it."""
+        live, opened = {self.path + ending for ending in ("", "-wal", "-shm")}, list[str]()
 
         def watch(event: str, arguments: tuple[Any, ...]) -> None:
-            if event != "open" or not is_live or isinstance(arguments[0], int):
-                return
-            for name in (self.path, self.path + "-wal", self.path + "-shm"):
-                with suppress(FileNotFoundError):
-                    if os.path.samefile(name, arguments[0]):
-                        opened.append(f"{name} by {traceback.format_stack(limit=4)}")
+            if event == "open" and arguments[0] in live:
+                opened.append(arguments[0])
 
-        def open_and_close() -> None:
-            OperatorDb(self.path).close()
+        def look_through_another_handle(read_only: bool) -> None:
+            with OperatorDb(self.path, read_only=read_only) as other:
+                other.list_tasks()
+                other.check()
             self.assertEqual(opened, [])
 
         def work() -> None:
-            nonlocal is_live
-            sys.addaudithook(watch)  # there for good: hence in a child
             db = OperatorDb(self.path)
-            is_live = True
+            sys.addaudithook(watch)  # there for good: hence in a child
             store_tasks(db, "t", payload=bytes(50_000))
-            for read_only in (False, True):
-                with OperatorDb(self.path, read_only=read_only) as other:
-                    other.list_tasks()
-                    other.check()
-            db.complete_task("t", proof("t"))
-            verbs: tuple[Callable[[], object], ...] = (
+            for verb in (
+                partial(look_through_another_handle, read_only=False),
+                partial(look_through_another_handle, read_only=True),
+                partial(in_child, partial(look_through_another_handle, read_only=False)),
+                partial(db.complete_task, "t", proof("t")),
                 db.check,
                 partial(db.prune, 0, 0, 0),
-                db.count_tasks,
-                lambda: task_ids(db),
+                partial(task_ids, db),
                 partial(db.dispute_bundle, "t"),
-                db.stats,
                 db.prometheus,
                 db.compact,
                 partial(db.backup, self.other),
@@ -3275,13 +2479,11 @@ class ThreadsAndProcessesTakeTurns(DatabaseTest):
                 partial(db.write_metrics, self.beside("metrics")),
                 partial(db.export, self.file),
                 partial(db.import_, self.file),
-            )
-            for verb in verbs:
+                partial(store_tasks, db, "u"),
+                db.close,
+            ):
                 verb()
-            in_child(open_and_close)
-            store_tasks(db, "u")
-            db.close()
-            self.assertEqual(opened, [])
+                self.assertEqual(opened, [], verb)
 
         in_child(work)
 
@@ -3295,49 +2497,28 @@ class CoroutinesNeverShareABlock(DatabaseTest):
             lambda: store_tasks(db, "outsider"),
             lambda: db.append_command("s", "outsider"),
             lambda: db.transaction().__enter__(),
+            db.close,
         ):
             self.assert_refused(ConflictError, action)
         self.assertIsNone(db.get_task("inside"))
 
-    def test_a_coroutine_cannot_write_while_anothers_block_is_open(self) -> None:
-        async def main() -> None:
-            opened, tried = asyncio.Event(), asyncio.Event()
-
-            async def first() -> None:
-                with db.transaction():
-                    store_tasks(db, "inside")
-                    opened.set()
-                    await tried.wait()
-                    store_tasks(db, "inside still")
-
-            async def second() -> None:
-                await opened.wait()
-                self.assert_kept_out(db)
-                self.assert_refused(ConflictError, db.close)
-                tried.set()
-
-            await asyncio.gather(first(), second())
-
-        db = self.open()
-        asyncio.run(main())
-        self.assertEqual(task_ids(db), ["inside", "inside still"])
-
-    def test_a_worker_or_task_begun_inside_a_block_gets_no_place_in_it(self) -> None:
-        async def task() -> None:
+    def test_a_coroutine_or_worker_gets_no_place_in_the_block_of_another(self) -> None:
+        async def look() -> None:
             self.assert_kept_out(db)
 
         async def main() -> None:
+            begun_before = asyncio.create_task(look())
             with db.transaction():
                 store_tasks(db, "inside")
+                await begun_before
+                await asyncio.create_task(look())
                 await asyncio.to_thread(self.assert_kept_out, db)
-                await asyncio.create_task(task())
-                context = contextvars.copy_context()
-                run_in_threads(partial(context.run, self.assert_kept_out, db))
+                store_tasks(db, "inside still")
+            await asyncio.to_thread(store_tasks, db, "later")
 
         db = self.open()
         asyncio.run(main())
-        asyncio.run(asyncio.to_thread(store_tasks, db, "later"))
-        self.assertEqual(task_ids(db), ["inside", "later"])
+        self.assertEqual(task_ids(db), ["inside", "inside still", "later"])
 
     def test_a_thread_that_shares_the_context_of_a_block_gets_no_place_in_it(self) -> None:
         db, context = self.open(), contextvars.copy_context()
@@ -3355,39 +2536,7 @@ class TheWriteAheadLogStaysShort(DatabaseTest):
     def log_size(self) -> int:
         return os.stat(self.path + "-wal").st_size
 
-    def longest_log(self, db: OperatorDb, megabytes: int) -> int:
-        """Write so much to the log, a little at a time, and return how long it was at most."""
-        longest = 0
-        for number in range(megabytes):
-            # 1 MB as base64; the same bytes again would not be written
-            store_tasks(db, str(number % 3), payload=bytes([number]) * 750_000)
-            longest = max(longest, self.log_size())
-        return longest
-
-    def test_the_log_is_cut_by_checkpoints_that_take_the_write_lock(self) -> None:
-        checkpoints: Counter[str] = Counter()
-
-        def listen(statement: str) -> None:
-            if mode := re.search(r"wal_checkpoint\W*(\w*)", statement):
-                checkpoints[mode[1].upper()] += 1
-
-        connections = self.watch_connections(listener=listen)
-        db = self.open()
-        self.assertLess(self.longest_log(db, 50), self.LIMIT)
-        db.prune()
-        self.assertLessEqual(set(checkpoints), {"FULL", "TRUNCATE"})
-        self.assertGreater(checkpoints.total(), 0)
-        pages = {self.pragma(connection, "wal_autocheckpoint") for connection in connections}
-        self.assertEqual(pages - {None}, {0})
-
-    def pragma(self, connection: sqlite3.Connection, name: str) -> int | None:
-        """Return a setting of a connection that can write, None for another one."""
-        with suppress(sqlite3.ProgrammingError, ClosedError):  # it is closed
-            if connection.execute("PRAGMA query_only").fetchone() == (0,):
-                return connection.execute(f"PRAGMA {name}").fetchone()[0]
-        return None
-
-    def test_the_log_stays_short_beside_steady_readers(self) -> None:
+    def test_the_log_is_cut_under_the_write_lock_beside_steady_readers(self) -> None:
         def read(say: Say) -> None:
             """Read without a gap: each of two transactions begins before the other one ends."""
             first, second = (sqlite3.connect(self.path, isolation_level=None) for _ in range(2))
@@ -3399,27 +2548,40 @@ class TheWriteAheadLogStaysShort(DatabaseTest):
                 first, second = second, first
                 time.sleep(0.04)  # several commits
 
+        statements, longest = list[str](), 0
+        connections = self.watch_connections(listener=statements.append)
         db = self.open()
-        store_tasks(db, "t")
         reader = Child(read)
         self.addCleanup(reader.kill)
         reader.line()
-        self.assertLess(self.longest_log(db, 60), self.LIMIT)
+        for number in range(60):
+            # 1 MB as base64; the same bytes again would not be written
+            store_tasks(db, str(number % 3), payload=bytes([number]) * 750_000)
+            longest = max(longest, self.log_size())
+        db.prune()
+        self.assertLess(longest, self.LIMIT)
+        modes = set(re.findall(r"wal_checkpoint\W*(\w*)", "\n".join(statements)))
+        self.assertEqual(modes - {"FULL"}, {"TRUNCATE"}, "others do not take the write lock")
+        for connection in connections:
+            with suppress(sqlite3.ProgrammingError, ClosedError):  # it has been closed
+                if connection.execute("PRAGMA query_only").fetchone() == (0,):
+                    pages = connection.execute("PRAGMA wal_autocheckpoint").fetchone()
+                    self.assertEqual(pages, (0,), "SQLite's own checkpoints do not take it")
 
     def test_a_checkpoint_that_fails_denies_nothing_that_is_committed(self) -> None:
         denied: list[str] = []
 
         def authorize(action: int, name: str | None, *_: object) -> int:
-            if action == sqlite3.SQLITE_PRAGMA and name == "wal_checkpoint":
-                denied.append(name)
-                return sqlite3.SQLITE_DENY
-            return sqlite3.SQLITE_OK
+            if (action, name) != (sqlite3.SQLITE_PRAGMA, "wal_checkpoint"):
+                return sqlite3.SQLITE_OK
+            denied.append(name)
+            return sqlite3.SQLITE_DENY
 
         connections, enough = self.watch_connections(), bytes(15_000_000)
         db = self.open()
         store_tasks(db, "first")
         for connection in connections:
-            with suppress(sqlite3.ProgrammingError, ClosedError):  # it is closed
+            with suppress(sqlite3.ProgrammingError, ClosedError):  # it has been closed
                 connection.set_authorizer(authorize)
         store_tasks(db, "alone", payload=enough)
         self.assertTrue(denied)
@@ -3432,53 +2594,42 @@ class TheWriteAheadLogStaysShort(DatabaseTest):
     def test_a_replicator_keeps_its_read_lock_and_an_unbroken_log(self) -> None:
         """Do beside a database what Litestream does: https://litestream.io/how-it-works/."""
 
+        def lock_shortly() -> None:
+            raw.executescript("BEGIN IMMEDIATE; INSERT INTO _litestream_lock VALUES (1); ROLLBACK")
+
         def header() -> bytes:
             with open(self.path + "-wal", "rb") as file:  # SQLite keeps no lock on the log itself
                 return file.read(32)
 
-        def replicate() -> Iterator[None]:
-            with closing(sqlite3.connect(self.path, isolation_level=None, timeout=5)) as raw:
-
-                def lock_shortly() -> None:
-                    raw.execute("BEGIN IMMEDIATE")
-                    raw.execute("INSERT INTO _litestream_lock VALUES (1)")
-                    raw.execute("ROLLBACK")
-
-                raw.execute("CREATE TABLE _litestream_seq (id INTEGER PRIMARY KEY, seq INTEGER)")
-                raw.execute("CREATE TABLE _litestream_lock (id INTEGER)")
+        def copy_the_log() -> None:
+            for _ in range(20):
                 lock_shortly()
-                raw.execute("INSERT INTO _litestream_seq VALUES (1, 1)")
-                raw.execute("BEGIN")
-                raw.execute("SELECT count(*) FROM _litestream_seq").fetchone()
-                yield
-                raw.execute("ROLLBACK")
-                yield
-                for _ in range(20):
-                    lock_shortly()
-                    raw.execute("PRAGMA wal_checkpoint(PASSIVE)")
-                yield
+                raw.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
-        db = self.open()
-        replicator = SteppingChild(replicate)
-        self.addCleanup(replicator.kill)
-        store_tasks(db, "first")
-        replicator.next()
+        db, large = self.open(), {"payload": bytes(11_000_000), "status": "completed"}
+        raw = self.enterContext(
+            closing(sqlite3.connect(self.path, isolation_level=None, check_same_thread=False))
+        )
+        raw.executescript(
+            "CREATE TABLE _litestream_seq (id INTEGER PRIMARY KEY, seq INTEGER);"
+            "CREATE TABLE _litestream_lock (id INTEGER); INSERT INTO _litestream_seq VALUES (1, 1)"
+        )
+        lock_shortly()
+        raw.execute("BEGIN")
+        raw.execute("SELECT count(*) FROM _litestream_seq").fetchone()
         before = header()
         for number in range(3):
-            large = {"payload": bytes(11_000_000), "status": "completed", "claimed_at": 0}
-            store_tasks(db, f"large {number}", **large)
+            store_tasks(db, f"large {number}", claimed_at=0, **large)
             store_tasks(db, *(f"{number} {part}" for part in range(10)))
         db.prune()
         self.assertGreater(self.log_size(), self.LIMIT, "the read lock holds the log back")
         self.assertEqual(header(), before, "the log was begun anew under the read lock")
-        replicator.next()
-        replicator.go_on()
-        store_tasks(db, *(f"beside {number}" for number in range(100)))
-        replicator.value()
+        raw.execute("ROLLBACK")
+        with in_background(copy_the_log):
+            store_tasks(db, *(f"beside {number}" for number in range(100)))
         store_tasks(db, "last")
         self.assertLess(self.log_size(), self.LIMIT / 2)
-        self.assertEqual((len(task_ids(db)), db.check()), (132, []))
-        self.assertEqual(self.sql("SELECT seq FROM _litestream_seq"), [(1,)])
+        self.assertEqual((len(task_ids(db)), db.check()), (131, []))
 
 
 class ClosingEndsTheWork(DatabaseTest):
@@ -3488,35 +2639,21 @@ class ClosingEndsTheWork(DatabaseTest):
         walk = db.iter_tasks()
         db.close()
         db.close()
-        calls: tuple[tuple[str, Callable[[], object]], ...] = (
-            ("get", partial(db.get_task, "t")),
-            ("store", partial(store_tasks, db, "t")),
-            ("iterate", partial(task_ids, db)),
-            ("go on iterating", partial(next, walk)),
-            ("count", db.count_tasks),
-            ("check", db.check),
-            ("prune", db.prune),
-            ("begin a block", lambda: db.transaction().__enter__()),
-        )
-        for label, call in calls:
-            with self.subTest(label):
+        for call in (
+            partial(db.get_task, "t"),
+            partial(store_tasks, db, "t"),
+            partial(task_ids, db),
+            partial(next, walk),
+            db.count_tasks,
+            db.check,
+            db.prune,
+            lambda: db.transaction().__enter__(),
+        ):
+            with self.subTest(call=call):
                 error = self.assert_refused(ClosedError, call, self.path)
                 self.assertIsInstance(error, RuntimeError)
 
-    def test_close_leaves_the_database_alone_in_its_directory(self) -> None:
-        with OperatorDb(self.path) as db:
-            run_in_threads(*[partial(store_tasks, db, "t")] * 3)
-            run_in_threads(*[partial(db.get_task, "t")] * 3)
-        self.assertEqual(os.listdir(self.folder), ["operator.db"])
-
-    def test_close_inside_a_block_is_refused_and_the_block_goes_on(self) -> None:
-        db = self.open()
-        with db.transaction():
-            self.assert_refused(ConflictError, db.close)
-            store_tasks(db, "t")
-        self.assertEqual(task_ids(db), ["t"])
-
-    def test_close_waits_for_a_block_of_another_thread_until_its_timeout(self) -> None:
+    def test_close_is_refused_in_a_block_and_waits_for_anothers_until_its_timeout(self) -> None:
         db = self.open(timeout=0.15)
 
         def close() -> None:
@@ -3525,30 +2662,26 @@ class ClosingEndsTheWork(DatabaseTest):
             self.assertTrue(0.15 <= time.monotonic() - began < 5)
 
         with db.transaction():
+            self.assert_refused(ConflictError, db.close)
             store_tasks(db, "before")
             run_in_threads(close)
             store_tasks(db, "after")
-        self.assertEqual(task_ids(db), ["after", "before"])
         store_tasks(db, "later")
+        self.assertEqual(task_ids(db), ["after", "before", "later"])
 
     def test_close_waits_for_the_block_and_refuses_the_writers_that_wait(self) -> None:
-        db, refused = self.open(timeout=3), list[ClosedError]()
+        db, refused = self.open(timeout=3), []
 
         def write() -> None:
-            with self.assertRaises(ClosedError) as caught:
-                store_tasks(db, "refused")
-            refused.append(caught.exception)
+            refused.append(self.assert_refused(ClosedError, lambda: store_tasks(db, "refused")))
 
         with open_block(db, "inside") as leave, in_background(*[write] * 4):
-            timer = threading.Timer(0.1, leave)
-            timer.start()
+            threading.Timer(0.1, leave).start()
             db.close()
-            timer.join()
         self.assertEqual(len(refused), 4)
-        with OperatorDb(self.path) as db:
-            self.assertEqual(task_ids(db), ["inside"])
+        self.assertEqual(task_ids(self.open()), ["inside"])
 
-    def test_close_amid_sixteen_busy_threads_ends_and_tells_every_one(self) -> None:
+    def test_close_amid_sixteen_busy_threads_ends_and_leaves_the_database_alone(self) -> None:
         db, started = self.open(), threading.Barrier(17)
 
         def work(worker: int) -> None:
@@ -3558,41 +2691,31 @@ class ClosingEndsTheWork(DatabaseTest):
                     store_tasks(db, str(worker))
                     db.get_task(str(worker))
 
-        def close() -> None:
+        with in_background(*(partial(work, worker) for worker in range(16))):
             started.wait(10)
             db.close()
-
-        run_in_threads(close, *(partial(work, worker) for worker in range(16)))
         self.assertEqual(open_descriptors(self.folder), 0)
+        self.assertEqual(os.listdir(self.folder), ["operator.db"])
 
-    def test_a_walk_or_a_block_that_is_abandoned_holds_nothing(self) -> None:
+    def test_what_is_abandoned_holds_nothing(self) -> None:
         fill(self.path)
         with OperatorDb(self.path, timeout=2) as db:
             walk = db.iter_tasks()
             next(walk)
-            block = db.transaction()
-            block.__enter__()
-            del block
+            db.transaction().__enter__()
             gc.collect()
             store_tasks(db, "t")
             del walk
-        self.assertEqual(open_descriptors(self.folder), 0)
-
-    def test_a_database_that_nobody_closed_gives_its_descriptors_back(self) -> None:
         for _ in range(20):
             store_tasks(OperatorDb(self.path), "t")
         gc.collect()
         self.assertEqual(open_descriptors(self.folder), 0)
 
 
-def store_one_task(path: str, task_id: str) -> None:
-    """Open a database and store a task; a function that multiprocessing finds by its name."""
-    with OperatorDb(path) as db:
-        store_tasks(db, task_id)
-
-
 class ForkIsSafe(DatabaseTest):
     """Parent and child may go on with a database; what either was told is stored is stored."""
+
+    count_tasks = "with OperatorDb(sys.argv[1]) as db: print(len(db.list_tasks()))"
 
     def stored(self) -> list[str]:
         """Return the ids of all tasks, as a fresh handle finds them in a sound file."""
@@ -3600,66 +2723,47 @@ class ForkIsSafe(DatabaseTest):
         with OperatorDb(self.path) as db:
             return task_ids(db)
 
-    def test_parent_and_child_of_an_idle_database_both_write(self) -> None:
-        with self.open() as db:
-            for n in range(10):
-                store_tasks(db, f"parent {n}")
-                child = Child(lambda _, n=n: store_tasks(db, f"child {n}"))
-                store_tasks(db, f"meanwhile {n}")
-                child.result()
-        self.assertEqual(len(self.stored()), 30)
-
-    def test_a_database_that_waits_for_nobody_can_be_forked(self) -> None:
-        db = self.open(timeout=0)
-        store_tasks(db, "t")
-        in_child(lambda: self.assertIsNotNone(db.get_task("t")))
-        store_tasks(db, "t")
-
-    def test_children_forked_while_threads_work_all_write_and_end(self) -> None:
-        first, second = self.open(timeout=10), self.open(self.other, timeout=10)
-        stop, counts = threading.Event(), Counter[int]()
-
-        def write(worker: int) -> None:
-            while not stop.is_set():
-                store_tasks(first, f"thread {worker} {counts[worker]}")
-                counts[worker] += 1
-                list(itertools.islice(first.iter_tasks(), 20))
-
-        def read(db: OperatorDb) -> None:
-            while not stop.is_set():
-                db.get_task("t")
-
-        def child(n: int) -> None:
-            store_tasks(first, f"child {n}")
-            store_tasks(second, f"child {n}")
-
-        writers = [partial(write, worker) for worker in range(3)]
-        readers = [partial(read, db) for db in (first, second, second)]
-        with in_background(*writers, *readers):
-            try:
-                for n in range(10):
-                    in_child(partial(child, n))
-            finally:
-                stop.set()
-        first.close()
-        self.assertEqual(len(self.stored()), 10 + counts.total())
-        self.assertEqual(len(task_ids(second)), 10)
-
-    def test_a_walk_goes_on_in_parent_and_child(self) -> None:
-        db = self.open()
-        names = [f"{n:03}" for n in range(80)]
+    def test_parent_and_child_of_an_idle_database_both_write_and_go_on_with_a_walk(self) -> None:
+        db, names = self.open(timeout=0), [f"{n:03}" for n in range(80)]
         with db.transaction():
             store_tasks(db, *names, payload=bytes(30_000))  # more than a walk reads at a time
         walk = (task.task_id for task in db.iter_tasks())
         next(walk)
 
-        def rest(_: Say | None = None) -> list[str]:
-            store_tasks(db, f"x{os.getpid()}")
-            return [name for name in walk if name[0] != "x"]
+        def go_on(name: str) -> list[str]:
+            store_tasks(db, name)
+            return [task_id for task_id in walk if task_id in names]
 
-        child = Child(rest)
-        self.assertEqual(rest(), names[1:])
-        self.assertEqual(child.result(), names[1:])
+        for n in range(3):
+            store_tasks(db, f"parent {n}")
+            in_child(partial(store_tasks, db, f"child {n}"))
+        self.assertEqual(in_child(partial(go_on, "child 3")), names[1:])
+        self.assertEqual(go_on("parent 3"), names[1:])
+        db.close()
+        self.assertEqual(len(self.stored()), 80 + 8)
+
+    def test_children_forked_while_threads_work_all_write_and_end(self) -> None:
+        first, second = self.open(timeout=10), self.open(self.other, timeout=10)
+        stop, counts = threading.Event(), Counter[int]()
+
+        def work(worker: int) -> None:
+            while not stop.is_set():
+                store_tasks(first, f"thread {worker} {counts[worker]}")
+                counts[worker] += 1
+                list(itertools.islice(first.iter_tasks(), 20))
+                second.get_task("t")
+
+        def store_in_both(task_id: str) -> None:
+            store_tasks(first, task_id)
+            store_tasks(second, task_id)
+
+        with in_background(*(partial(work, worker) for worker in range(5))), ExitStack() as stack:
+            stack.callback(stop.set)
+            for n in range(10):
+                in_child(partial(store_in_both, f"child {n}"))
+        first.close()
+        self.assertEqual(len(self.stored()), 10 + counts.total())
+        self.assertEqual(len(task_ids(second)), 10)
 
     def test_a_child_of_an_open_transaction_is_refused_and_the_parent_goes_on(self) -> None:
         db = self.open(timeout=0.2)
@@ -3670,35 +2774,26 @@ class ForkIsSafe(DatabaseTest):
             self.assert_refused(ConflictError, partial(OperatorDb, self.path), self.path)
             db.close()
 
-        with db.transaction():
+        def leave_by_an_error() -> None:
+            with block:
+                raise KeyError
+
+        with ExitStack() as block:
+            block.enter_context(db.transaction())
             store_tasks(db, "of this thread")
             in_child(try_everything)
+            in_child(lambda: self.assertRaises(OperatorDbError, block.close))
+            in_child(lambda: self.assertRaises(KeyError, leave_by_an_error))
+            self.assertEqual(run_program(self.count_tasks, self.path).stdout, "0\n")
             store_tasks(db, "after the fork")
         with open_block(db, "of another thread"):  # for longer than the timeout
             in_child(try_everything)
         store_tasks(db, "later")
-        beside = run_program("OperatorDb(sys.argv[1]).close()", self.path)
-        self.assertEqual((beside.returncode, beside.stderr), (0, ""))
+        self.assertEqual(run_program(self.count_tasks, self.path).stdout, "4\n")
         store_tasks(db, "last")
         db.close()
         names = ["after the fork", "last", "later", "of another thread", "of this thread"]
         self.assertEqual(self.stored(), names)
-
-    def test_a_child_that_leaves_its_parents_block_commits_nothing_and_undoes_nothing(self) -> None:
-        db, other = self.open(), self.open()
-        with ExitStack() as block:
-            block.enter_context(db.transaction())
-            store_tasks(db, "t")
-
-            def fail() -> None:
-                with block:
-                    raise KeyError
-
-            in_child(lambda: self.assertRaises(OperatorDbError, block.close))
-            in_child(lambda: self.assertRaises(KeyError, fail))
-            self.assertEqual(task_ids(other), [])
-            self.assertEqual(task_ids(db), ["t"])
-        self.assertEqual(task_ids(other), ["t"])
 
     def test_a_child_of_an_open_transaction_takes_no_commit_with_it_when_it_exits(self) -> None:
         program = """
@@ -3723,100 +2818,48 @@ os.wait()
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertEqual(self.stored(), ["of one that was killed", "of the parent"])
 
-    def test_either_side_may_die_first(self) -> None:
-        def parent(say: Say) -> None:
-            db = OperatorDb(self.path)
+    def test_a_child_outlives_its_parent(self) -> None:
+        def parent(_: Say) -> None:
+            db, pid = OperatorDb(self.path), os.getpid()
             store_tasks(db, "parent")
-            reader, writer = os.pipe()
             if os.fork():
                 store_tasks(db, "parent again")
-                say("the parent has written")
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
             signal.alarm(10)
-            os.close(writer)
             store_tasks(db, "orphan")
-            os.read(reader, 1)  # ends when the parent is dead
+            while os.getppid() == pid:
+                time.sleep(0.001)
             store_tasks(db, "orphan again")
-            say("the orphan has written")
-            os._exit(0)
 
-        def write_on(say: Say) -> None:
-            for n in itertools.count():
-                store_tasks(db, f"child {n}")
-                say(n)
-
-        child = Child(parent)
-        both = {child.line(), child.line()}
-        self.assertEqual(both, {"the parent has written", "the orphan has written"})
-        child.reap()
+        Child(parent).result()
         self.assertEqual(self.stored(), ["orphan", "orphan again", "parent", "parent again"])
-        with self.open() as db:
-            child = Child(write_on)
-            for _ in range(5):
-                store_tasks(db, f"beside {child.line()}")
-            said = child.kill()
-            store_tasks(db, "survivor")
-        acknowledged = {"survivor", *(f"child {n}" for n in said)}
-        acknowledged |= {f"{who} {n}" for n in range(5) for who in ("child", "beside")}
-        self.assertLessEqual(acknowledged, {*self.stored()})
 
-    def test_multiprocessing_works_by_fork_and_by_spawn(self) -> None:
-        with self.open() as db:
-            for method in ("fork", "spawn"):
-                context = multiprocessing.get_context(method)
-                worker = context.Process(target=store_one_task, args=(self.path, method))
-                worker.start()
-                store_tasks(db, f"beside {method}")
-                worker.join()
-                self.assertEqual(worker.exitcode, 0)
-        self.assertEqual(self.stored(), ["beside fork", "beside spawn", "fork", "spawn"])
-
-    def test_a_block_may_use_another_database_while_another_thread_forks(self) -> None:
-        def work() -> float:
-            first, second = self.open(timeout=10), self.open(self.other, timeout=10)
+    def test_a_fork_waits_for_no_block_that_waits_for_it(self) -> None:
+        def fork_beside_a_block(act: Verb) -> None:
+            db, other = self.open(timeout=10), self.open(self.other, timeout=10)
             inside, forking = threading.Event(), threading.Event()
-            os.register_at_fork(before=forking.set)
+            os.register_at_fork(before=forking.set)  # there for good: hence in a child
 
-            def use_both() -> None:
-                with first.transaction():
-                    inside.set()
-                    self.assertTrue(forking.wait(10))
-                    store_tasks(second, "t")
-                    self.assertIsNone(second.get_task("x"))
-
-            def look() -> None:
-                self.assertIsNone(first.get_task("t"))
-                self.assertIsNotNone(second.get_task("t"))
-
-            with in_background(use_both):
-                self.assertTrue(inside.wait(10))
-                began = time.monotonic()
-                in_child(look)
-            return time.monotonic() - began
-
-        self.assertLess(in_child(work), 5)
-
-    def test_two_threads_that_fork_at_once_do_not_wait_for_each_other(self) -> None:
-        def work() -> float:
-            db = self.open(timeout=10)
-            inside, forking = threading.Event(), threading.Event()
-            os.register_at_fork(before=forking.set)
-
-            def fork_in_a_block() -> None:
+            def act_in_a_block() -> None:
                 with db.transaction():
                     inside.set()
                     self.assertTrue(forking.wait(10))
-                    in_child(int)
+                    act(other)
                     store_tasks(db, "t")
 
-            with in_background(fork_in_a_block):
+            with in_background(act_in_a_block):
                 self.assertTrue(inside.wait(10))
                 began = time.monotonic()
                 in_child(int)
+            self.assertLess(time.monotonic() - began, 5)
             self.assertIsNotNone(db.get_task("t"))
-            return time.monotonic() - began
 
-        self.assertLess(in_child(work), 5)
+        for label, act in (
+            ("use another database", lambda other: (store_tasks(other, "t"), other.get_task("t"))),
+            ("fork, too", lambda _: in_child(int)),
+        ):
+            with self.subTest(label):
+                in_child(partial(fork_beside_a_block, act))
 
 
 class InterruptsLoseNothing(DatabaseTest):
@@ -3825,55 +2868,56 @@ class InterruptsLoseNothing(DatabaseTest):
     Most tests here interrupt a verb at its first call, then at its second, and so on to its end.
     """
 
+    seconds = 40
+
     def setUp(self) -> None:
         super().setUp()
         self.opened = self.watch_connections()
         self.db, self.second = self.open(timeout=2), self.open(timeout=0.5)
         self.mine, self.theirs = tallies_of(self.db), tallies_of(self.second)
         raw = self.enterContext(closing(sqlite3.connect(self.path, timeout=0)))
-        self.checkpoint = partial(raw.execute, "PRAGMA wal_checkpoint(TRUNCATE)")
-        self.assert_nothing_held("at first")
         for connection in (raw, *self.opened):
             with suppress(sqlite3.ProgrammingError, ClosedError):  # it has been closed
                 connection.execute("PRAGMA synchronous=OFF")  # a sync at every step would be slow
+        self.checkpoint = partial(raw.execute, "PRAGMA wal_checkpoint(TRUNCATE)")
+        self.enterContext(mock.patch("time.time", return_value=1_774_628_000.0))
         # an interrupt in a finalizer or a fork hook is printed by the interpreter, not raised
         self.enterContext(mock.patch("sys.unraisablehook", lambda _: None))
 
     def sweep(
-        self,
-        label: str,
-        verb: Callable[[str], object],
-        *,
-        prepare: Callable[[str], object] = lambda name: None,
-        parts: Callable[[str], tuple[object, ...]] = lambda name: (),
-        every: int = 1,
+        self, label: str, verb: Callable[[str], Any], prepare: Callable[[str], Any] = lambda _: None
     ) -> None:
-        """Interrupt a verb at each of its calls, every time with another name for what it stores.
+        """Interrupt a verb at each of its calls, every time with another name for its records.
 
-        The exceptions are kept, and with them all frames that they passed through. While one is
-        handled nothing may be held, and all parts of the verb must be done, or none.
+        The exceptions are kept, and with them all frames that they passed through. Nothing may be
+        held afterwards, and the verb must be done as a whole, or not at all.
         """
-        kept: list[BaseException] = []
-        outcomes = set[bool]()
+        kept, found = list[BaseException](), list[str]()
         with self.subTest(label):
-            for number in itertools.count(1, every):
+            for number in itertools.count():
                 name = f"{label} {number}"
                 prepare(name)
+                if number == 0:
+                    found.append(self.find(name))
                 try:
                     with interrupt_at_call(number) as calls:
                         verb(name)
                 except KeyboardInterrupt as error:
                     kept.append(error)
-                    self.assert_nothing_held(name)
-                    done = {bool(part) for part in parts(name)}
-                    self.assertLess(len(done), 2, f"the verb is done by halves ({name})")
-                    outcomes |= done
+                self.assert_nothing_held(name)
+                found.append(self.find(name))
                 if calls() < number:
                     break
-            self.assertTrue(all(parts(name)), "the verb has returned and is not done")
-            self.assertEqual(outcomes, {False, True} if parts(name) else set())
-            self.assertGreater(len(kept), 10, "the verb was hardly interrupted")
+            before, after, *outcomes = found
+            self.assertEqual(outcomes[-1], after, "the verb has returned and is not done")
+            self.assertEqual({*outcomes}, {before, after})
+            self.assertGreater(number, 20, "the verb was hardly interrupted")
             self.assertEqual(self.second.check(), [])
+
+    def find(self, name: str) -> str:
+        """Return what another handle finds of the records of a name."""
+        found = (self.second.get_task(name), self.second.get_session(name), self.theirs.get(name))
+        return repr((*found, self.second.get_proof(name) is None)).replace(name, "NAME")
 
     def assert_nothing_held(self, when: str) -> None:
         """Fail unless no snapshot is open and both handles can write and see the other's write."""
@@ -3885,233 +2929,150 @@ class InterruptsLoseNothing(DatabaseTest):
             writer.put(tally)
             self.assertEqual(reader.get(tally.name), tally, "a later write is lost or not seen")
 
-    def test_an_interrupted_write_is_done_whole_or_not_at_all(self) -> None:
-        db, second = self.db, self.second
-        completed = {"status": TaskStatus.COMPLETED, "claimed_at": 0}
-        said = [TranscriptEntry(role="user", content="hello")]
+    def test_an_interrupted_verb_is_done_whole_or_not_at_all_and_holds_nothing(self) -> None:
+        db, before = self.db, len(self.opened)
 
-        def nothing(_: str) -> None:
-            pass
+        def store(name: str) -> None:
+            store_tasks(db, name)
 
-        def store(task_id: str) -> None:
-            store_tasks(db, task_id)
+        def store_old(name: str) -> None:
+            db.prune()  # the one of the last time, which may still be there
+            store_tasks(db, name, status=TaskStatus.COMPLETED, claimed_at=0)
 
-        def append(session_id: str) -> None:
-            db.append_transcript(session_id, "user", "hello")
+        def append(name: str) -> None:
+            db.append_transcript(name, "user", "hello")
 
-        def session_parts(session_id: str) -> tuple[object, ...]:
-            return second.get_session(session_id), second.transcript(session_id)
-
-        def move(task_id: str) -> None:
-            db.update_task_status(task_id, "in_progress")
-
-        def move_parts(task_id: str) -> tuple[object, ...]:
-            task = second.get_task(task_id)
-            return task.status == "in_progress", len(task.history) == 2
-
-        def completion_parts(task_id: str) -> tuple[object, ...]:
-            return second.get_task(task_id).status == "completed", second.get_proof(task_id)
-
-        cases: dict[str, tuple[Callable[[str], Any], ...]] = {
-            "put": (
-                nothing,
-                lambda n: self.mine.put(Tally(name=n)),
-                lambda n: (self.theirs.get(n),),
-            ),
-            "store_task": (nothing, store, lambda t: (second.get_task(t),)),
-            "delete_task": (store, db.delete_task, lambda t: (not second.get_task(t),)),
-            "update_task_status": (store, move, move_parts),
-            "complete_task": (store, lambda t: db.complete_task(t, proof(t)), completion_parts),
-            "append_transcript": (nothing, append, session_parts),
-            "store_session": (
-                nothing,
-                lambda s: db.store_session(SessionState(session_id=s, transcript=said)),
-                session_parts,
-            ),
-            "delete_session": (append, db.delete_session, lambda s: (not second.get_session(s),)),
-            "prune": (
-                lambda _: store_tasks(db, "old", **completed),
-                lambda _: db.prune(session_days=None),
-                lambda _: (not second.get_task("old"),),
-            ),
-        }
-        for label, (prepare, verb, parts) in cases.items():
-            self.sweep(label, verb, prepare=prepare, parts=parts)
-
-    def test_an_interrupted_block_is_committed_whole_or_undone_at_once(self) -> None:
-        db, entered = self.db, []
-
-        def both(name: str) -> tuple[object, ...]:
-            return self.second.get_task(f"{name} a"), self.second.get_task(f"{name} b")
-
-        def plain(name: str) -> None:
-            with db.transaction():
-                store_tasks(db, f"{name} a", f"{name} b")
-
-        def nested(name: str) -> None:
-            with db.transaction():
-                store_tasks(db, f"{name} a")
+        def blocks(name: str) -> None:
+            outer = db.transaction()  # which the traceback of the interrupt refers to
+            with outer:
+                store(name)
                 with db.transaction():
-                    store_tasks(db, f"{name} b")
+                    append(name)
 
-        def in_a_variable(name: str) -> None:
-            block = db.transaction()
-            with block:
-                entered.append(block)
-                store_tasks(db, f"{name} a", f"{name} b")
+        store_tasks(db, "t", status=TaskStatus.DISPUTED)
+        for label, verb, *prepare in (
+            ("put", lambda name: self.mine.put(Tally(name=name))),
+            ("store_task", store),
+            ("delete_task", db.delete_task, store),
+            ("complete_task", lambda name: db.complete_task(name, proof(name)), store),
+            ("append_transcript", append),
+            ("delete_session", db.delete_session, append),
+            ("prune", lambda _: db.prune(session_days=None), store_old),
+            ("blocks", blocks),
+            ("get_task", db.get_task, store),
+            ("get_session", db.get_session, append),
+            ("list_tasks", lambda _: db.list_tasks(limit=2)),
+            ("list_sessions", lambda _: db.list_sessions(limit=2)),
+            ("iter_tasks", lambda _: list(db.iter_tasks("disputed"))),
+            ("a dry prune", lambda _: db.prune(dry_run=True)),
+        ):
+            self.sweep(label, verb, *prepare)
+        self.assertEqual(len(self.opened), before, "an interrupted verb kept its connection")
 
-        for verb in (plain, nested, in_a_variable):
-            self.sweep(verb.__name__, verb, parts=both)
-        for block in entered:
-            with self.assertRaises(ConflictError), block:
-                self.fail("a block was entered twice")
+    def test_an_interrupt_while_connections_are_opened_anew_loses_nothing(self) -> None:
+        for verb in (self.db.delete_task, self.db.get_task):
+            # a fork closes them, and the last one takes the log with it
+            self.sweep(verb.__name__, verb, lambda _: in_child(int))
 
     def test_a_block_that_survives_an_interrupt_has_all_of_its_inner_block_or_nothing(self) -> None:
         db, kept = self.db, []
         for number in itertools.count(1):
             outer = [f"{number} before", f"{number} later"]
             inner = [f"{number} inner", f"{number} inner too"]
-            inner_ended = False
             with suppress(ConflictError), db.transaction():
                 store_tasks(db, outer[0])
                 try:
-                    with interrupt_at_call(number) as calls:
-                        with db.transaction():
-                            store_tasks(db, *inner)
-                        inner_ended = True
+                    with interrupt_at_call(number) as calls, db.transaction():
+                        store_tasks(db, *inner)
                 except KeyboardInterrupt as error:
                     kept.append(error)
                 store_tasks(db, outer[1])
             found = [name for name in outer + inner if self.second.get_task(name)]
-            allowed = [outer + inner] if inner_ended else [[], outer, outer + inner]
-            self.assertIn(found, allowed, f"interrupted at call {number}")
+            self.assertIn(found, ([], outer, outer + inner), f"interrupted at call {number}")
             self.assert_nothing_held(f"call {number}")
             if calls() < number:
                 break
+        self.assertEqual(found, outer + inner)
         self.assertGreater(len(kept), 50)
         self.assertEqual(db.check(), [])
 
-    def test_an_interrupted_read_holds_no_snapshot_and_no_connection(self) -> None:
-        store_tasks(self.db, "t")
-        self.db.store_proof(proof("t"))
-        self.db.append_transcript("s", "user", "hello")
-        self.db.append_command("s", "status")
-        verbs: dict[str, Callable[[OperatorDb], object]] = {
-            "get_task": lambda db: db.get_task("t"),
-            "get_session": lambda db: db.get_session("s"),
-            "list_tasks": OperatorDb.list_tasks,
-            "list_sessions": OperatorDb.list_sessions,
-            "list_proofs": OperatorDb.list_proofs,
-            "iter_tasks": lambda db: list(db.iter_tasks()),
-            "a dry prune": lambda db: db.prune(dry_run=True).tasks,
-        }
-        before = len(self.opened)
-        for label, verb in verbs.items():
-            self.sweep(label, lambda _, verb=verb: verb(self.db))
-            self.assertEqual(verb(self.db), verb(self.second))
-        self.assertEqual(len(self.opened), before, "an interrupted read kept its connection")
-
     def test_an_interrupted_opening_or_closing_leaves_no_descriptor(self) -> None:
-        def use() -> None:
+        def use(_: str) -> None:
             with OperatorDb(self.other, durable=False) as db:
                 db.get_task("t")
 
-        use()
-        for number in itertools.count(1):
-            with suppress(KeyboardInterrupt), interrupt_at_call(number) as calls:
-                use()
-            if calls() < number:
-                break
-        self.assertGreater(number, 100)
+        self.sweep("open and close", use)
         self.opened.clear()
         gc.collect()
         self.assertEqual(open_descriptors(self.other), 0)
         self.assert_sound(self.other)
 
-    def test_an_interrupt_while_connections_are_opened_anew_loses_nothing(self) -> None:
-        def close_connections(_: str) -> None:
-            in_child(int)  # a fork closes them, and the last one takes the log with it
-
-        for verb in (self.db.delete_task, self.db.get_task):
-            self.sweep(verb.__name__, verb, prepare=close_connections)
-
     def test_an_interrupted_fork_leaves_the_parent_able_to_work(self) -> None:
-        def write(task_id: str) -> bool:
-            """Store a task in the child, unless the database refuses every call there."""
-            with suppress(ClosedError):
-                store_tasks(self.db, task_id)
-                return True
-            return False
+        stored: list[str] = []
 
-        def work() -> None:
-            with interrupt_at_call(-1) as calls:
-                in_child(int)
-            self.assertGreater(calls(), 10)
-            for number in range(1, calls() + 1):
-                name = f"call {number}"
-                self.assert_nothing_held(name)
-                with suppress(KeyboardInterrupt), interrupt_at_call(number):
-                    stored = in_child(partial(write, name))
-                    self.assertEqual(self.second.get_task(name) is not None, stored)
-            self.assert_nothing_held("at last")
-            with OperatorDb(self.other, timeout=2) as another:
-                store_tasks(another, "t")
+        def store(name: str) -> list[str]:
+            with suppress(ClosedError):  # where the database refuses every call in the child
+                store_tasks(self.db, name)
+                return [name]
+            return []
 
-        in_child(work)
-        self.assert_sound()
+        self.sweep("fork", lambda name: stored.extend(in_child(partial(store, name))))
+        self.assertLessEqual({*stored}, {*task_ids(self.second)})
+        with OperatorDb(self.other, timeout=2) as another:
+            store_tasks(another, "t")
 
-    def test_interrupts_at_random_moments_leave_blocks_whole_and_descriptors_closed(self) -> None:
-        def work() -> int:
-            names = map(str, itertools.count())
-            with OperatorDb(self.other, durable=False, timeout=5) as db:
+    def test_interrupts_at_random_moments_leave_blocks_whole_and_nothing_held(self) -> None:
+        numbers = itertools.count()
 
-                def store_both() -> None:
-                    name = next(names)
-                    with db.transaction():
-                        store_tasks(db, name)
-                        with db.transaction():
-                            db.append_command("s", name)
-                    db.update_task_status(name, "in_progress")
+        def store_both() -> None:
+            name = f"{next(numbers)}"
+            with self.db.transaction():
+                store_tasks(self.db, name)
+                with self.db.transaction():
+                    self.db.append_command("s", name)
+            self.db.update_task_status(name, "in_progress")
 
-                struck = interrupt_at_random(store_both, 0.0015, 200)
-                store_both()
-                self.assertEqual({*task_ids(db)}, {*db.get_session("s").command_history})
-                self.assertEqual(db.check(), [])
-            self.assertEqual(open_descriptors(self.other), 0)
-            return struck
+        struck = in_child(partial(interrupt_at_random, store_both, 0.0015, 200))
+        self.assertGreater(struck, 20)
+        self.assertEqual({*task_ids(self.db)}, {*self.db.get_session("s").command_history})
+        self.assert_nothing_held("at last")
 
-        self.assertGreater(in_child(work), 20)
+    def test_a_wait_for_another_writer_is_interrupted_at_once_and_a_handler_may_read(self) -> None:
+        db = self.open(timeout=15)
 
-    def test_a_wait_for_another_writer_is_interrupted_at_once(self) -> None:
-        patient = self.open(timeout=15)
+        def wait_in_vain() -> None:
+            found: list[TaskRecord | None] = []
 
-        def seconds() -> float:
+            def handle(*_: object) -> None:
+                found.append(db.get_task("held"))
+                if len(found) == 3:
+                    raise KeyboardInterrupt
+
+            signal.signal(signal.SIGALRM, handle)
+            signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
             began = time.monotonic()
-            struck = interrupt_at_random(partial(store_tasks, patient, "t"), 0.05, 3)
-            self.assertEqual(struck, 3)
-            return time.monotonic() - began
+            with self.assertRaises(KeyboardInterrupt):
+                store_tasks(db, "t")
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.assertLess(time.monotonic() - began, 2)
+            self.assertEqual(found, [None] * 3)
 
-        def seconds_beside_a_thread() -> float:
-            with open_block(patient, "held by a thread"):
-                return seconds()
+        def wait_for_a_thread() -> None:
+            with open_block(db, "of a thread"):
+                wait_in_vain()
+            store_tasks(db, "later")
 
-        holder = holding_the_lock(self.path, "held by a process")
-        self.assertLess(in_child(seconds), 2)
+        holder = holding_the_lock(self.path, "of a process")
+        in_child(wait_in_vain)
         os.kill(holder.pid, signal.SIGUSR1)
         holder.result()
-        self.assertLess(in_child(seconds_beside_a_thread), 2)
-        self.assertEqual(task_ids(self.db), ["held by a process", "held by a thread"])
-        self.assert_nothing_held("at last")
+        in_child(wait_for_a_thread)
+        self.assertEqual(task_ids(self.db), ["later", "of a process", "of a thread"])
 
     def test_a_signal_handler_may_read_at_every_call_of_what_it_interrupts(self) -> None:
         db = self.db
         store_tasks(db, "t", description="as stored")
         db.append_transcript("s", "user", "hello")
-        found: list[str | None] = []
-
-        def handle(frame: Any, event: str, _: object) -> None:
-            if event in ("call", "c_return") and frame.f_code.co_filename == operator_db.__file__:
-                found.append(db.get_task("t").description)
 
         def write() -> None:
             with db.transaction():
@@ -4119,39 +3080,16 @@ class InterruptsLoseNothing(DatabaseTest):
                 with db.transaction():
                     db.append_transcript("s", "user", "hello again")
 
-        def walk() -> None:
-            self.assertEqual([task.task_id for task in db.iter_tasks()], ["of a block", "t"])
-
-        for verb in (partial(db.get_task, "t"), partial(db.get_session, "s"), write, walk):
+        found: list[str | None] = []
+        reads = (partial(db.get_task, "t"), partial(db.get_session, "s"), partial(task_ids, db))
+        for verb in (*reads, write):
             found.clear()
-            sys.setprofile(handle)
-            try:
+            with at_each_call(lambda: found.append(db.get_task("t").description)):
                 verb()
-            finally:
-                sys.setprofile(None)
             self.assertGreater(len(found), 20)
             self.assertEqual({*found}, {"as stored"})
         self.assertEqual(len(self.second.transcript("s")), 2)
         self.assert_nothing_held("at last")
-
-    def test_a_signal_handler_may_read_while_its_thread_waits_for_a_lock(self) -> None:
-        db = self.open(timeout=15)
-        holder = holding_the_lock(self.path, "held")
-        found: list[TaskRecord | None] = []
-
-        def handle(*_: object) -> None:
-            found.append(db.get_task("held"))
-            os.kill(holder.pid, signal.SIGUSR1)
-
-        def wait() -> None:
-            signal.signal(signal.SIGALRM, handle)
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-            store_tasks(db, "t")
-            self.assertEqual(found, [None])
-
-        in_child(wait)
-        holder.result()
-        self.assertEqual(task_ids(db), ["held", "t"])
 
 
 class SecretsAreNotShown(DatabaseTest):
@@ -4159,48 +3097,63 @@ class SecretsAreNotShown(DatabaseTest):
 
     def setUp(self) -> None:
         super().setUp()
-        handler = logging.StreamHandler(StringIO())
-        logger = logging.getLogger("operator_db")
-        logger.addHandler(handler)
-        self.addCleanup(logger.removeHandler, handler)
-        self.addCleanup(lambda: self.assertNotIn(SECRET, handler.stream.getvalue()))
+        self.enterContext(self.assertNoLogs("operator_db"))
+
+    def modes(self) -> dict[str, int]:
+        """Return the modes of all files and folders in the test's folder, by their paths."""
+        modes = {}
+        for folder, folders, files in os.walk(self.folder):
+            for path in (os.path.join(folder, name) for name in (*folders, *files)):
+                with suppress(FileNotFoundError):
+                    modes[path] = os.stat(path).st_mode & 0o777
+        return modes
 
     def test_every_file_is_private_at_every_moment_whatever_the_umask(self) -> None:
-        def rights_of_others(umask: int) -> dict[str, int]:
-            """Return all that others could ever do with each file and folder that is made."""
-            os.umask(umask)
-            top = self.beside(f"umask {umask:03o}")
-            path = os.path.join(top, "below", "operator.db")
-            rights = Counter[str]()
+        def work(umask: int) -> None:
+            folder = self.beside(f"{umask:o}")
+            path, copy, export = (f"{folder}/b/{name}" for name in ("db", "copy", "export"))
+            rights_of_others = Counter[str]()
 
-            def look(frame: Any, *_: object) -> None:
-                if frame.f_code.co_filename == operator_db.__file__:
-                    for folder, _, names in os.walk(top):
-                        for name in (folder, *(os.path.join(folder, each) for each in names)):
-                            with suppress(FileNotFoundError):
-                                rights[name] |= os.stat(name).st_mode & 0o077
+            def look() -> None:
+                for name, mode in self.modes().items():
+                    rights_of_others[name] |= mode & 0o077
 
-            sys.setprofile(look)
-            with OperatorDb(path) as db:
+            def write(db: OperatorDb) -> None:
                 store_tasks(db, "t")
-                db.backup(path + ".copy")
-                db.export(path + ".jsonl")
-            sys.setprofile(None)
-            return dict(rights)
+                db.backup(copy, overwrite=True)
+                db.export(export)
 
-        for umask in (0o000, 0o077):
+            if umask == 0o777:  # under which a new directory cannot be entered
+                OperatorDb(path).close()
+                os.unlink(path)
+            os.umask(umask)
+            with at_each_call(look):
+                db = OperatorDb(path)
+                write(db)
+            self.assertIn("new", {name[-3:] for name in rights_of_others})
+            self.assertEqual(rights_of_others.total(), 0, rights_of_others)
+            for name in (copy, export):
+                os.chmod(name, 0o666)  # what replaces them is private all the same
+            write(db)
+            db.write_metrics(f"{folder}/metrics")  # for others to read
+            private = (path, path + "-wal", path + "-shm", copy, export)
+            wanted = {folder: 0o700, f"{folder}/b": 0o700, f"{folder}/metrics": 0o644}
+            self.assertEqual(self.modes(), {**wanted, **dict.fromkeys(private, 0o600)})
+            shutil.rmtree(folder)
+
+        for umask in (0o000, 0o077, 0o777):
             with self.subTest(umask=umask):
-                rights = in_child(partial(rights_of_others, umask))
-                ends = {name[-4:] for name in rights}
-                self.assertLessEqual({"r.db", "-wal", "-shm", ".new", "copy", "sonl"}, ends)
-                self.assertEqual({name: mode for name, mode in rights.items() if mode}, {})
+                in_child(partial(work, umask))
 
-    def test_a_file_that_others_could_read_is_made_private_and_that_is_logged(self) -> None:
+    def test_a_file_that_others_could_read_is_made_private_and_that_is_logged_once(self) -> None:
         OperatorDb(self.path).close()
         os.chmod(self.path, 0o644)
-        with self.assertLogs("operator_db", logging.WARNING) as logs, OperatorDb(self.path):
-            self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
+        with self.assertLogs("operator_db", logging.WARNING) as logs:
+            OperatorDb(self.path).close()
         self.assertIn(self.path, logs.output[0])
+        self.assertEqual(self.modes(), {self.path: 0o600})
+        with self.assertNoLogs("operator_db", logging.WARNING):
+            OperatorDb(self.path).close()
 
     def test_a_replaced_keypair_is_in_no_file_after_close(self) -> None:
         with OperatorDb(self.path) as db:
@@ -4208,9 +3161,9 @@ class SecretsAreNotShown(DatabaseTest):
                 keypairs = {"main": secret, "more than a page": secret * 3000}
                 db.store_config(OperatorConfig(keypairs=keypairs))
                 store_tasks(db, "between")
-        files = {name: read_bytes(self.beside(name)) for name in os.listdir(self.folder)}
-        self.assertIn(b"the one that replaces it", files["operator.db"])
-        self.assertEqual([name for name in files if SECRET.encode() in files[name]], [])
+        self.assertEqual(os.listdir(self.folder), ["operator.db"])
+        image = read_bytes(self.path)
+        self.assertEqual((b"that replaces it" in image, SECRET.encode() in image), (True, False))
 
     def test_a_repr_masks_every_secret(self) -> None:
         db = self.open()
@@ -4222,45 +3175,65 @@ class SecretsAreNotShown(DatabaseTest):
                 self.assertIn("***", repr(record))
         self.assertEqual((db.get_config().keypairs["main"], wallet.tallies[0].pin), (SECRET,) * 2)
 
-    def test_no_error_about_a_record_shows_a_secret(self) -> None:
-        db = self.open()
-        tallies, wallets = tallies_of(db), wallets_of(db)
-        tally = Tally(name="in", pin=SECRET)
-
-        def make(field_name: str, value: Any) -> None:
-            OperatorConfig(**{field_name: value})
-
-        def store(field_name: str, value: Any) -> None:
+    def test_no_error_about_a_configuration_shows_a_secret(self) -> None:
+        db, raw = self.open(), SECRET.encode()
+        wrong: tuple[Any, ...] = ({"a": [SECRET]}, {"a": raw}, {SECRET: 1}, [[SECRET]], raw, SECRET)
+        cases = [*itertools.product(("keypairs", "rpc_endpoints"), wrong), ("keypairs", [SECRET])]
+        for name, value in cases:
             config = OperatorConfig()
-            setattr(config, field_name, value)
-            db.store_config(config)
+            setattr(config, name, value)
+            with self.subTest(name, value=value):
+                make = partial(OperatorConfig, **{name: value})
+                for action in (make, partial(db.store_config, config)):
+                    self.assert_refused(InvalidRecordError, action, "OperatorConfig", name, "***")
 
-        def put_pin(value: Any) -> None:
-            tallies.put(Tally(name="n", pin=value))
+    def test_no_error_about_a_custom_record_shows_a_secret(self) -> None:
+        @dataclass
+        class Vault:
+            name: str = "a"
+            tally: Tally | None = None
+            part: Part = field(default_factory=partial(Part, "x"), metadata={"secret": True})
+            parts: list[Part] = field(default_factory=list, metadata={"secret": True})
 
-        def put_wallet(owner: Any, *within: Any) -> None:
-            wallets.put(Wallet(owner=owner, tallies=[*within]))
+        wrong, tally = SECRET.encode(), Tally(name="in", pin=SECRET)
+        cases = (
+            ("a field", Tally(name="a", pin=wrong), "Tally.pin"),
+            ("a list in place of a field", Tally(name="a", pin=[SECRET]), "Tally.pin"),
+            ("a field of a record within", Vault(tally=Tally(name="in", pin=wrong)), "tally"),
+            ("in place of a record within", Vault(tally={"pin": SECRET}), "tally"),
+            ("in place of a record in a list", Wallet(owner="o", tallies=[SECRET]), "tallies"),
+            ("within a secret field", Vault(part=Part([SECRET])), "part"),
+            ("within a secret list", Vault(parts=[Part("x", SECRET)]), "parts"),
+            ("beside what is wrong in a list", Wallet(owner="o", tallies=[tally, 1]), "tallies"),
+            ("beside a wrong field", Vault(tally=Tally(name=1, pin=SECRET)), "tally"),
+            ("beside a wrong id", Wallet(owner="", tallies=[tally]), "id"),
+            ("within a wrong id", Wallet(owner=[tally]), "owner"),
+        )
+        db = self.open()
+        for n, (label, record, word) in enumerate(cases):
+            key = dataclasses.fields(record)[0].name
+            namespace: Any = db.namespace(f"n{n}", type(record), key=key)
+            with self.subTest(label):
+                self.assert_refused(InvalidRecordError, partial(namespace.put, record), word)
+                self.assertEqual(namespace.count(), 0)
 
-        wrong = ({"a": [SECRET]}, {"a": SECRET.encode()}, {SECRET: 1}, [[SECRET]], SECRET.encode())
-        for name, values in {
-            "keypairs": (*wrong, [SECRET], SECRET),
-            "rpc_endpoints": (*wrong, SECRET),
-        }.items():
-            for value in values:
-                with self.subTest(name, value=value):
-                    self.assert_refused(InvalidRecordError, partial(make, name, value), name)
-                    self.assert_refused(InvalidRecordError, partial(store, name, value), name)
-        for value in (*wrong, [SECRET]):
-            with self.subTest("pin", value=value):
-                self.assert_refused(InvalidRecordError, partial(put_pin, value), "Tally.pin")
-        for word, put in (
-            ("tallies", partial(put_wallet, "o", tally, 1)),
-            ("tallies", partial(put_wallet, "o", Tally(name=1, pin=SECRET))),
-            ("id", partial(put_wallet, "", tally)),
-            ("owner", partial(put_wallet, [tally])),
-        ):
-            with self.subTest(put=put):
-                self.assert_refused(InvalidRecordError, put, word)
+    def test_no_error_about_a_record_that_its_class_refuses_shows_a_secret(self) -> None:
+        longest = len(SECRET)
+
+        @dataclass
+        class Private:
+            name: str
+            pin: str = field(default="", metadata={"secret": True})
+
+            def __post_init__(self) -> None:
+                if len(self.pin) > longest:
+                    raise ArithmeticError(f"the pin {self.pin} is too long")
+
+        private, record = self.open().namespace("private", Private, key="name"), Private("new")
+        private.put(Private("stored", SECRET))
+        longest, record.pin = 4, SECRET
+        self.assert_refused(OperatorDbError, lambda: private.get("stored"), "private:stored")
+        self.assert_refused(InvalidRecordError, lambda: private.put(record), "Private")
 
     def test_no_error_about_a_damaged_document_shows_a_secret(self) -> None:
         db = self.open()
@@ -4287,6 +3260,19 @@ class SecretsAreNotShown(DatabaseTest):
         self.assert_refused(DamagedError, lambda: tallies.get("two"), "tallies:two", "pin")
 
 
+def staying_open(use: Callable[[], object]) -> Child:
+    """Return a child that has made something and keeps it until the child is killed."""
+
+    def work(say: Say) -> None:
+        kept = use()
+        say(f"done: {kept}")
+        signal.pause()
+
+    child = Child(work)
+    child.line()
+    return child
+
+
 class OpeningFindsOrCreatesTheFile(DatabaseTest):
     def test_the_path_is_the_argument_then_the_environment_then_the_home_directory(self) -> None:
         with OperatorDb() as db:
@@ -4300,11 +3286,11 @@ class OpeningFindsOrCreatesTheFile(DatabaseTest):
     def test_a_wrong_path_or_timeout_is_refused_and_nothing_is_created(self) -> None:
         paths = ("", "a\0b", "\ud800", 5, 3.5, [], True)
         timeouts = (-1, True, float("nan"), float("inf"), "1")
-        wrong = [{"path": path} for path in paths] + [{"timeout": each} for each in timeouts]
+        wrong = [{"path": path} for path in paths]
+        wrong += [{"path": self.path, "timeout": timeout} for timeout in timeouts]
         for options in wrong:
             with self.subTest(**options):
-                action = partial(OperatorDb, **{"path": self.path, **options})
-                self.assert_refused(InvalidRecordError, action)
+                self.assert_refused(InvalidRecordError, partial(OperatorDb, **options))
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_a_path_with_the_characters_of_a_uri_is_a_path(self) -> None:
@@ -4314,11 +3300,9 @@ class OpeningFindsOrCreatesTheFile(DatabaseTest):
                 self.assertTrue(os.path.exists(self.beside(name)))
 
     def test_a_symbolic_link_opens_the_file_that_it_leads_to(self) -> None:
-        with OperatorDb(self.path) as db:
-            store_tasks(db, "t")
+        OperatorDb(self.path).close()
         os.symlink(self.path, self.other)
-        db = self.open(self.other)
-        self.assertEqual((db.path, task_ids(db)), (self.path, ["t"]))
+        self.assertEqual(self.open(self.other).path, self.path)
 
     def test_a_memory_database_is_a_private_file_that_is_gone_after_close(self) -> None:
         closed, dropped = OperatorDb(":memory:"), OperatorDb(":memory:")
@@ -4326,27 +3310,23 @@ class OpeningFindsOrCreatesTheFile(DatabaseTest):
         store_tasks(closed, "t")
         run_in_threads(lambda: self.assertEqual(task_ids(closed), ["t"]))
         self.assertEqual(task_ids(dropped), [])
-        for folder in folders:
-            self.assertEqual(stat.S_IMODE(os.stat(folder).st_mode), 0o700)
+        self.assertEqual([os.stat(folder).st_mode & 0o777 for folder in folders], [0o700] * 2)
         closed.close()
         del dropped
         self.assertEqual([os.path.exists(folder) for folder in folders], [False, False])
 
     def test_many_threads_and_processes_create_one_file_and_all_succeed(self) -> None:
-        gate, go = os.pipe()
-        self.addCleanup(os.close, gate)
-        self.addCleanup(os.close, go)
+        def create(path: str, _: Say) -> None:
+            together.wait()
+            with OperatorDb(path) as db:
+                db.append_command("s", "x")
+
+        together = multiprocessing.get_context("fork").Barrier(5, timeout=10)
         for attempt in range(3):
             path = self.beside(f"{attempt}/operator.db")
-
-            def create(_: Say, path: str = path) -> None:
-                os.read(gate, 1)
-                with OperatorDb(path) as db:
-                    db.append_command("s", "x")
-
-            children = [Child(create) for _ in range(4)]
+            children = [Child(partial(create, path)) for _ in range(4)]
+            together.wait()
             with ThreadPoolExecutor(12) as pool:
-                os.write(go, b"go!!")  # a byte for each child
                 handles = [*pool.map(OperatorDb, [path] * 12)]
                 for handle in handles:
                     pool.submit(handle.append_command, "s", "x")
@@ -4366,44 +3346,16 @@ class OpeningFindsOrCreatesTheFile(DatabaseTest):
         self.assertEqual(task_ids(self.open()), ["t"])
 
     def test_an_empty_file_is_adopted(self) -> None:
-        write_bytes(self.path, b"")
-        for path in (self.path, self.other):
+        def settings(path: str) -> list[Any]:
             with OperatorDb(path) as db:
                 store_tasks(db, "t")
-        pragmas = ("application_id", "user_version", "auto_vacuum", "journal_mode")
-        adopted, new = (
-            [self.sql(f"PRAGMA {pragma}", path=path)[0][0] for pragma in pragmas]
-            for path in (self.path, self.other)
-        )
-        self.assertEqual(adopted, new)
+            pragmas = ("application_id", "user_version", "auto_vacuum", "journal_mode")
+            return [self.sql(f"PRAGMA {pragma}", path=path)[0][0] for pragma in pragmas]
+
+        write_bytes(self.path, b"")
+        adopted = settings(self.path)
+        self.assertEqual(adopted, settings(self.other))
         self.assertEqual((adopted[0], adopted[2]), (0x41474E43, 2), "AGNC, incremental")
-
-    def test_files_and_directories_are_private_whatever_the_umask(self) -> None:
-        self.addCleanup(os.umask, os.umask(0))
-        for umask in (0, 0o077, 0o777):
-            with self.subTest(umask=oct(umask)):
-                folder = self.beside(f"{umask}")
-                path = os.path.join(folder, "operator.db")
-                if umask == 0o777:  # under which a new directory cannot be entered
-                    os.mkdir(folder, 0o700)
-                    os.chmod(folder, 0o700)
-                os.umask(umask)
-                with OperatorDb(path) as db:
-                    store_tasks(db, "t")
-                    modes = [os.stat(path + end).st_mode for end in ("", "-wal", "-shm")]
-                os.umask(0)
-                self.assertEqual(stat.S_IMODE(os.stat(folder).st_mode), 0o700)
-                self.assertEqual([stat.S_IMODE(mode) for mode in modes], [0o600] * 3)
-
-    def test_a_file_that_others_can_read_is_made_private_with_a_log_line(self) -> None:
-        OperatorDb(self.path).close()
-        os.chmod(self.path, 0o644)
-        with self.assertLogs("operator_db", "WARNING") as logs:
-            OperatorDb(self.path).close()
-        self.assertIn(self.path, logs.output[0])
-        self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
-        with self.assertNoLogs("operator_db", "WARNING"):
-            OperatorDb(self.path).close()
 
 
 class ForeignFilesAreLeftAlone(DatabaseTest):
@@ -4422,7 +3374,6 @@ class ForeignFilesAreLeftAlone(DatabaseTest):
         moved = "DROP INDEX tasks_status_at; CREATE INDEX tasks_status_at ON proofs(at)"
         columns = "DROP TABLE config; CREATE TABLE config(key, value)"
         replaced = "DROP TABLE proofs; CREATE VIEW proofs AS SELECT 1"
-        renamed = "ALTER TABLE tasks RENAME TO t; ALTER TABLE t RENAME TO Tasks"
         # bytes are the whole file; text is what another program executes on a database of ours
         cases: tuple[tuple[str, bytes | str, type[OperatorDbError], str], ...] = (
             ("the prototype's file", b"redb\x1a\n\xa9\r\n" + bytes(5000), foreign, "redb"),
@@ -4439,12 +3390,10 @@ class ForeignFilesAreLeftAlone(DatabaseTest):
             ("on another's table", trigger.format("notes", "Proofs"), foreign, "planted"),
             ("a view of our table", view, foreign, "planted"),
             ("a further index", "CREATE INDEX planted ON tasks(at)", foreign, "planted"),
-            ("a unique index", "CREATE UNIQUE INDEX planted ON tasks(at)", foreign, "planted"),
             ("an index on another table", moved, foreign, "tasks"),
             ("an index too few", "DROP INDEX tasks_status_at", foreign, "tasks"),
             ("a further column", "ALTER TABLE tasks ADD COLUMN extra", foreign, "tasks"),
             ("other columns", columns, foreign, "config"),
-            ("a table in capitals", renamed, foreign, ""),
             ("a view in a table's place", replaced, foreign, "proofs"),
             ("a table too few", "DROP TABLE proofs", foreign, "proofs"),
         )
@@ -4469,26 +3418,24 @@ class ForeignFilesAreLeftAlone(DatabaseTest):
                 remove(self.path)
 
     def test_the_database_of_another_application_keeps_even_its_write_ahead_log(self) -> None:
-        marks = ("PRAGMA application_id = 7", "PRAGMA user_version = 3", "CREATE TABLE notes(x)")
-        for mark in marks:
+        def use(mark: str) -> sqlite3.Connection:
+            other = sqlite3.connect(self.path, isolation_level=None)
+            other.execute("PRAGMA journal_mode = WAL")
+            other.execute(mark)  # which stands in the log
+            return other
 
-            def use(say: Say, mark: str = mark) -> None:
-                other = sqlite3.connect(self.path, isolation_level=None)
-                other.execute("PRAGMA journal_mode = WAL")
-                other.execute(mark)
-                say("in the log")
-                signal.pause()
-
-            application = Child(use)
-            application.line()
-            with self.subTest(mark, state="in use"):
-                self.assert_left_alone(ForeignFileError)
-            application.kill()
-            with self.subTest(mark, state="left by a killed process"):
+        for mark in (
+            "PRAGMA application_id = 7",
+            "PRAGMA user_version = 3",
+            "CREATE TABLE notes(x)",
+        ):
+            application = staying_open(partial(use, mark))
+            with self.subTest(mark):
+                self.assert_left_alone(ForeignFileError)  # it is in use
+                application.kill()
                 self.assertGreater(os.path.getsize(self.path + "-wal"), 0)
                 self.assert_left_alone(ForeignFileError)
-            self.sql("SELECT * FROM sqlite_schema")  # SQLite moves the log into the file
-            with self.subTest(mark, state="closed"):
+                self.sql("SELECT * FROM sqlite_schema")  # SQLite moves the log into the file
                 self.assertEqual(os.listdir(self.folder), ["operator.db"])
                 self.assert_left_alone(ForeignFileError)
             os.unlink(self.path)
@@ -4512,81 +3459,59 @@ class ForeignFilesAreLeftAlone(DatabaseTest):
         db.compact()
         self.assertEqual(self.sql("SELECT seq, x FROM _litestream_seq, tallies"), [(5, 6)])
 
-    def test_a_schema_of_8_000_views_opens_and_answers_in_time(self) -> None:
-        fill(self.path)
-        self.script(
-            "PRAGMA writable_schema = ON; WITH RECURSIVE numbers(n) AS"
-            " (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 8000)"
-            " INSERT INTO sqlite_schema SELECT 'view', 'other_' || n, 'other_' || n, 0,"
-            " 'CREATE VIEW other_' || n || ' AS SELECT 1' FROM numbers"
-        )
-        began = time.monotonic()
-        with OperatorDb(self.path) as db:
-            self.assertEqual(len(db.list_tasks()), 40)
-        # SQLite parses the schema anew for each connection, and nothing else takes long
-        self.assertLess(time.monotonic() - began, 5)
+
+WRITES: dict[str, Verb] = {
+    "store": lambda db: store_tasks(db, "t0", description="other"),
+    "update": lambda db: db.update_task_status("t0", "in_progress"),
+    "delete": lambda db: db.delete_task("t0"),
+    "append": lambda db: db.append_transcript("s0", "user", "more"),
+    "put": lambda db: tallies_of(db).put(Tally(name="two")),
+    "namespace": devices_of,
+    "block": lambda db: db.transaction().__enter__(),
+    "prune": lambda db: db.prune(0, 0, 0),
+}
 
 
 class ReadOnlyChangesNothing(DatabaseTest):
     def assert_reads_and_refuses_to_write(self) -> None:
         """Fail unless each read answers, each write is refused, and no byte changes by either."""
-        reads: dict[str, Verb] = {
-            "get": lambda db: db.get_task("t1"),
-            "list": lambda db: db.list_tasks_by_status("completed"),
-            "walk": lambda db: list(db.iter_tasks()),
-            "session": lambda db: db.get_session("s0"),
-            "dispute": lambda db: db.dispute_bundle("t1"),
-            "export": exported,
-            "namespace": lambda db: tallies_of(db).get("one"),
-            "stats": lambda db: db.prometheus(),
-            "dry run": lambda db: db.prune(0, 0, 0, dry_run=True).tasks,
-        }
-        writes: dict[str, Verb] = {
-            "store": lambda db: store_tasks(db, "new"),
-            "update": lambda db: db.update_task_status("t0", "in_progress"),
-            "complete": lambda db: db.complete_task("t0", proof("t0")),
-            "delete": lambda db: db.delete_task("t1"),
-            "append": lambda db: db.append_transcript("s0", "user", "more"),
-            "config": lambda db: db.store_config(OperatorConfig()),
-            "proof": lambda db: db.store_proof(proof("new")),
-            "put": lambda db: tallies_of(db).put(Tally(name="two")),
-            "namespace": devices_of,
-            "prune": lambda db: db.prune(0, 0, 0),
-            "block": lambda db: db.transaction().__enter__(),
+        reads: tuple[Verb, ...] = (
+            exported,
+            lambda db: [*every_record(db)],
+            lambda db: db.list_tasks_by_status("completed"),
+            lambda db: db.dispute_bundle("t1"),
+            lambda db: db.prometheus(),
+            lambda db: db.prune(0, 0, 0, dry_run=True).tasks,
+        )
+        writes = WRITES | {
             "import": lambda db: db.import_(self.file),
             "restore": lambda db: db.restore(self.other),
             "compact": lambda db: db.compact(),
         }
         with self.assert_bytes_unchanged(), OperatorDb(self.path, read_only=True) as db:
-            for label, read in reads.items():
-                with self.subTest(read=label):
-                    self.assertTrue(read(db))
+            for read in reads:
+                self.assertTrue(read(db))
             self.assertEqual(db.check(), [])
             for label, write in writes.items():
                 with self.subTest(write=label):
                     self.assert_refused(StorageError, partial(write, db), self.path)
 
     def test_a_read_only_database_reads_and_changes_no_byte(self) -> None:
-        def write(say: Say) -> None:
+        def write() -> OperatorDb:
             db = OperatorDb(self.path)
             store_tasks(db, "in the log", status=TaskStatus.COMPLETED, claimed_at=0)
-            say("stored")
-            signal.pause()
+            return db
 
         fill(self.path)
         with OperatorDb(self.path) as db:
             db.backup(self.other)
             db.export(self.file, include_secrets=True)
-        with self.subTest("closed"):
-            self.assert_reads_and_refuses_to_write()
-        writer = Child(write)
-        writer.line()
-        with self.subTest("open in another process"):
-            self.assert_reads_and_refuses_to_write()
+        self.assert_reads_and_refuses_to_write()
+        writer = staying_open(write)
+        self.assert_reads_and_refuses_to_write()
         writer.kill()
-        with self.subTest("left by a killed process"):
-            self.assertGreater(os.path.getsize(self.path + "-wal"), 0)
-            self.assert_reads_and_refuses_to_write()
+        self.assertGreater(os.path.getsize(self.path + "-wal"), 0)
+        self.assert_reads_and_refuses_to_write()
 
     def test_a_read_only_opening_creates_nothing(self) -> None:
         for path in (self.path, self.beside("no/such/operator.db")):
@@ -4597,51 +3522,37 @@ class ReadOnlyChangesNothing(DatabaseTest):
             opening = partial(OperatorDb, self.path, read_only=True)
             self.assert_refused(StorageError, opening, self.path)
 
-    def test_a_reader_sees_what_a_running_operator_commits(self) -> None:
-        writer, reader = self.open(), self.open(read_only=True)
-        for number in range(3):
-            store_tasks(writer, str(number))
-            self.assertEqual(len(task_ids(reader)), number + 1)
-        reader.close()
-        store_tasks(writer, "after")
-        self.assertEqual(writer.check(), [])
-
-    def assert_later_writes_are_seen(self, mode: int, folder_mode: int, is_open: bool) -> None:
-        """Fail unless one who may not write there reads what another user writes meanwhile."""
-
-        def read(say: Say) -> list[object]:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    def test_a_reader_sees_what_another_user_writes_later_even_if_it_may_not_write(self) -> None:
+        def read(mode: int, folder_mode: int) -> list[object]:
             os.chmod(self.path, mode)
             os.chmod(self.folder, folder_mode)
-            with OperatorDb(self.path, read_only=True) as reader:
-                before = len(reader.list_tasks())
-                say(os.getpid())
-                signal.sigwait({signal.SIGUSR1})
-                return [before, {task.task_id[:3] for task in reader.list_tasks()}, reader.check()]
+            with OperatorDb(self.path, read_only=True) as db:
+                before = task_ids(db)
+                turn.wait()
+                turn.wait()
+                return [before, task_ids(db), db.check()]
 
-        reader = Child(lambda say: as_nobody(self.folder, partial(read, say)))
-        try:
-            pid = int(reader.line())
-        finally:
+        turn = multiprocessing.get_context("fork").Barrier(2, timeout=10)
+        old, new = ([f"{age} {n:02}" for n in range(50)] for age in ("old", "new"))
+        for modes, is_closed in itertools.product(
+            ((0o600, 0o700), (0o400, 0o700), (0o600, 0o500), (0o400, 0o500)), (False, True)
+        ):
+            with OperatorDb(self.path, durable=False) as db:
+                store_tasks(db, *old, payload=bytes(5000))
+            read_there = partial(as_nobody, self.folder, partial(read, *modes))
+            reader = Child(lambda _, read=read_there: read())
+            turn.wait()
             os.chmod(self.folder, 0o700)
             os.chmod(self.path, 0o600)
-        with OperatorDb(self.path, durable=False) as db:
-            for n in range(50):
-                db.delete_task(f"old{n}")
-            store_tasks(db, *(f"new{n}" for n in range(50)), payload=bytes(9000))
-            if not is_open:
-                db.close()
-            os.kill(pid, signal.SIGUSR1)
-            self.assertEqual(reader.result(), [50, {"new"}, []])
-
-    def test_a_reader_who_may_not_write_sees_what_another_user_writes_later(self) -> None:
-        modes = {"file": (0o400, 0o700), "directory": (0o600, 0o500), "both": (0o400, 0o500)}
-        for label, is_open in itertools.product(modes, (False, True)):
-            with self.subTest(may_not_write=label, is_open=is_open):
-                with OperatorDb(self.path, durable=False) as db:
-                    store_tasks(db, *(f"old{n}" for n in range(50)), payload=bytes(5000))
-                self.assert_later_writes_are_seen(*modes[label], is_open)
-                os.unlink(self.path)
+            with self.subTest(modes=modes, is_closed=is_closed), self.open() as db:
+                for name in old:
+                    db.delete_task(name)
+                store_tasks(db, *new, payload=bytes(9000))
+                if is_closed:
+                    db.close()
+                turn.wait()
+                self.assertEqual(reader.result(), [old, new, []])
+            os.unlink(self.path)
 
 
 class MigrationsAreAllOrNothing(DatabaseTest):
@@ -4674,29 +3585,25 @@ class MigrationsAreAllOrNothing(DatabaseTest):
         """Add a table, remove a record, and write a lot."""
         connection.query("CREATE TABLE added(x)")
         connection.query("DELETE FROM config")
-        connection.query("INSERT INTO added SELECT randomblob(600000)")
+        connection.query("INSERT INTO added SELECT zeroblob(600000)")
 
     def migrate(self) -> None:
         with self.newer_module(self.step):
             OperatorDb(self.path).close()
 
-    def state(self, path: str | None = None) -> tuple[int, list[Any], list[Any]]:
-        """Return the schema version, the tables and the records, as another program sees them."""
+    def state(self, path: str | None = None) -> tuple[int, list[str]]:
+        """Return the schema version, and the statements that would make the same database."""
         self.assertEqual(self.sql("PRAGMA integrity_check", path=path), [("ok",)])
         ((version,),) = self.sql("PRAGMA user_version", path=path)
-        names = [name for (name,) in self.sql("SELECT name FROM sqlite_schema", path=path)]
-        records: list[Any] = []
-        for table in ("tasks", "sessions", "session_log", "proofs", "config", "tallies"):
-            records += self.sql(f"SELECT key, value, crc FROM {table}", path=path)
-        return version, names, records
+        with closing(sqlite3.connect(path or self.path)) as raw:
+            return version, [*raw.iterdump()]
 
-    def judge(self, acknowledged: bool) -> bool:
+    def judge(self) -> bool:
         """Return whether the migration is done; fail if half of it is, or it cannot be done now."""
         found = self.state()
-        self.assertIn(found, [self.after] if acknowledged else [self.before, self.after])
+        self.assertTrue(found in (self.before, self.after), "it is done in part")
         self.migrate()
-        self.assertEqual(self.state(), self.after)
-        self.assertEqual(self.sql("SELECT count(*) FROM added"), [(1,)])
+        self.assertTrue(self.state() == self.after)
         self.assertEqual(self.state(self.snapshot), self.before)
         self.put_back()
         return found == self.after
@@ -4708,167 +3615,82 @@ class MigrationsAreAllOrNothing(DatabaseTest):
         self.assertEqual(self.names(), {"operator.db", os.path.basename(self.snapshot)})
         self.assertEqual(self.state()[0], self.before[0] + 1)
         self.assertEqual(self.state(self.snapshot), self.before)
-        for path in (self.path, self.snapshot):
-            self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+        self.assertEqual(os.stat(self.snapshot).st_mode & 0o777, 0o600)
         os.unlink(self.snapshot)
         self.migrate()
         self.assertFalse(os.path.exists(self.snapshot), "there was nothing to migrate")
         self.assert_refused(NewerSchemaError, lambda: OperatorDb(self.path), self.path)
 
-    def test_a_migration_that_is_killed_is_done_or_not_begun(self) -> None:
-        def migrate(say: Say, fatal: int) -> int:
-            def listener(_: str) -> None:
-                if next(statements) == fatal:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            statements = itertools.count(1)
-            self.watch_connections(listener=listener)
-            say("begin")
-            self.migrate()
-            say("done")
-            return next(statements)
-
-        began, rng, outcomes = time.monotonic(), random.Random(5), Counter[bool]()
-        total = Child(partial(migrate, fatal=-1)).result()
-        seconds = time.monotonic() - began
-        self.put_back()
-        for fatal in (*range(1, total, max(1, total // 20)), *[0] * 8):
-            with self.subTest(statement=fatal):
-                child = Child(partial(migrate, fatal=fatal))
-                child.line()
-                if fatal:  # before this statement
-                    self.assertEqual(child.lines.read(), "", "it was not killed")
-                    child.reap()
-                    outcomes[self.judge(acknowledged=False)] += 1
-                else:  # at any moment, in the midst of a statement too
-                    said = child.kill(after=rng.uniform(0, seconds))
-                    outcomes[self.judge(acknowledged="done" in said)] += 1
-        self.assertEqual(len(outcomes), 2, "some were done, and some not begun")
-
-    def test_a_migration_without_room_is_done_or_not_begun(self) -> None:
-        def migrate(limit: int) -> str:
-            try:
-                with file_size_limit(limit):
-                    self.migrate()
-            except StorageError as error:
-                return str(error)
-            return ""
-
-        size = len(self.image)
-        for limit in (size // 2, size + 100_000, size + 600_000, size + 2_000_000):
-            with self.subTest(limit=limit):
-                refused = in_child(partial(migrate, limit))
-                if limit < size + 1_000_000:
-                    self.assertIn(self.path, refused)
-                else:
-                    self.assertEqual(refused, "")
-                left = {name for name in self.names() if name.endswith((".new", "-journal"))}
-                self.assertEqual(left, set())
-                self.judge(acknowledged=not refused)
-
-    def test_a_migration_that_is_interrupted_is_done_or_not_begun(self) -> None:
-        def migrate(number: int) -> None:
-            acknowledged = False
-            with suppress(KeyboardInterrupt), interrupt_at_call(number):
+    def test_a_migration_is_done_or_not_begun_wherever_it_is_interrupted_or_killed(self) -> None:
+        def migrate(number: int, kill: bool, _: Say) -> bool:
+            with suppress(KeyboardInterrupt), interrupt_at_call(number, kill=kill):
                 self.migrate()
-                acknowledged = True
-            self.judge(acknowledged)  # in the same process, where nothing may be locked
+            return self.judge()  # in the same process, where nothing may be locked
 
         with interrupt_at_call(-1) as so_far:
             self.migrate()
             total = so_far()
         self.put_back()
-        rng = random.Random(5)
-        for number in sorted(rng.sample(range(1, total), 10)):
-            with self.subTest(number=number):
-                in_child(partial(migrate, number))
+        outcomes = Counter[tuple[bool, bool]]()
+        for number, kill in itertools.product(range(1, total, total // 12), (False, True)):
+            with self.subTest(number=number, of=total, kill=kill):
+                child = Child(partial(migrate, number, kill))
+                if kill:
+                    self.assertEqual(child.last_words(), [])
+                outcomes[kill, self.judge() if kill else child.result()] += 1
+        self.assertEqual(len(outcomes), 4, "some were done, and some not begun")
+
+    def test_a_migration_without_room_is_done_or_not_begun(self) -> None:
+        def migrate(limit: int) -> None:
+            with file_size_limit(limit):
+                self.assert_refused(StorageError, self.migrate, self.path)
+
+        size = len(self.image)
+        for limit in (size // 2, size + 100_000, size + 600_000):
+            with self.subTest(limit=limit):
+                in_child(partial(migrate, limit))
+                self.assertNotRegex(" ".join(self.names()), r"\.new|-journal")
+                self.judge()
 
     def test_a_step_that_fails_leaves_the_file_as_it_was(self) -> None:
-        def raising(connection: Any) -> None:
-            raise KeyError("half-way")
-
-        def interrupted(connection: Any) -> None:
-            raise KeyboardInterrupt
-
-        def wrong(connection: Any) -> None:
-            connection.query("INSERT INTO nowhere VALUES(1)")
-
-        def planting(connection: Any) -> None:
-            connection.query(
-                "CREATE TRIGGER planted AFTER INSERT ON tasks BEGIN DELETE FROM proofs; END"
-            )
-
-        for error, step in (
-            (KeyError, raising),
-            (KeyboardInterrupt, interrupted),
-            (StorageError, wrong),
-            (ForeignFileError, planting),
+        planted = "CREATE TRIGGER planted AFTER INSERT ON tasks BEGIN DELETE FROM proofs; END"
+        for label, error, fail in (
+            ("raises", KeyError, mock.Mock(side_effect=KeyError)),
+            ("is interrupted", KeyboardInterrupt, mock.Mock(side_effect=KeyboardInterrupt)),
+            ("is wrong", StorageError, lambda connection: connection.query("SELECT wrong")),
+            ("plants", ForeignFileError, lambda connection: connection.query(planted)),
         ):
-            with self.subTest(step.__name__):
-                with self.newer_module(self.step, step), self.assertRaises(error):
+            with self.subTest(label):
+                with self.newer_module(self.step, fail), self.assertRaises(error):
                     OperatorDb(self.path)
-                self.assertEqual(self.state(), self.before)
                 self.assert_sound()
-                self.judge(acknowledged=False)
-
-    def test_a_planted_trigger_does_not_survive_in_a_newer_schema(self) -> None:
-        self.script("CREATE TRIGGER planted AFTER DELETE ON config BEGIN DELETE FROM proofs; END")
-        before = self.state()
-        with self.newer_module(self.step):
-            self.assert_refused(ForeignFileError, lambda: OperatorDb(self.path), self.path)
-        self.assertEqual(self.state(), before)
+                self.assertFalse(self.judge())
 
     def test_of_several_processes_one_migrates_and_all_go_on(self) -> None:
         def migrate(say: Say) -> int:
-            def slow_step(connection: Any) -> None:
-                self.step(connection)
-                signal.sigwait({signal.SIGUSR1})
-
-            def listener(statement: str) -> None:
-                if statement.startswith("BEGIN ") and not waits.is_set():
-                    waits.set()
+            def listen(statement: str) -> None:
+                if statement.startswith("BEGIN "):
                     say("wants the lock")
 
-            waits = threading.Event()
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-            self.watch_connections(listener=listener)
-            with self.newer_module(slow_step), OperatorDb(self.path) as db:
+            self.watch_connections(listener=listen)
+            with self.newer_module(self.step), OperatorDb(self.path) as db:
                 return len(task_ids(db))
 
+        holder = holding_the_lock(self.path)
         children = [Child(migrate) for _ in range(4)]
         for child in children:
             child.line()
-        # one of them has the lock and stays in its step until it gets the signal
-        for child in children:
-            os.kill(child.pid, signal.SIGUSR1)
+        holder.kill()
         self.assertEqual([child.result() for child in children], [8] * 4)
-        self.judge(acknowledged=True)
+        self.assertTrue(self.judge())
 
     def test_a_module_that_had_the_file_open_before_cannot_write(self) -> None:
-        def migrate(say: Say) -> None:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-            say("ready")
-            signal.sigwait({signal.SIGUSR1})
-            self.migrate()
-
-        newer = Child(migrate)
-        newer.line()
         db = self.open()
         store_tasks(db, "before")
-        os.kill(newer.pid, signal.SIGUSR1)
-        newer.result()
-        writes: dict[str, Verb] = {
-            "store": lambda db: store_tasks(db, "t0", description="half understood"),
-            "delete": lambda db: db.delete_task("t0"),
-            "update": lambda db: db.update_task_status("t0", "in_progress"),
-            "append": lambda db: db.append_transcript("s0", "user", "more"),
-            "block": lambda db: db.transaction().__enter__(),
-            "prune": lambda db: db.prune(0, 0, 0),
-        }
-        for label, write in writes.items():
+        self.migrate()
+        for label, write in WRITES.items():
             with self.subTest(label):
                 self.assert_refused(NewerSchemaError, partial(write, db), self.path)
-        db.close()
         self.assertEqual(self.sql("SELECT count(*) FROM tasks"), [(9,)])
 
     def test_a_read_only_opening_of_an_older_file_is_refused_and_changes_no_byte(self) -> None:
@@ -4880,11 +3702,181 @@ class MigrationsAreAllOrNothing(DatabaseTest):
 class DamageIsFoundAndNamed(DatabaseTest):
     """What is read is what was stored, or DamagedError names it; check() finds it all."""
 
-    def stored(self) -> dict[tuple[str, str], Any]:
-        """Make a database with some of everything; return each record by namespace and id."""
-        fill(self.path)
+    def assert_reported(self, db: OperatorDb, *keys: str) -> None:
+        """Fail unless check() names each of these."""
+        report = "\n".join(db.check())
+        for key in keys:
+            self.assertIn(key, report)
+
+    def plant(self, key: str, document: bytes) -> None:
+        """Put a document into the row of a record, with the checksum that belongs to it."""
+        table = key.partition(":")[0]
+        statement = f"UPDATE {table} SET value = CAST(? AS TEXT), crc = ? WHERE key = ?"
+        self.sql(statement, document, crc32(document), key)
+
+    def flip(self, name: str, needle: bytes, offset: int, bit: int) -> None:
+        """Change one bit of what an index says, in the closed file."""
+        ((root,),) = self.sql("SELECT rootpage FROM sqlite_schema WHERE name = ?", name)
+        ((page_size,),) = self.sql("PRAGMA page_size")
+        image = bytearray(read_bytes(self.path))
+        image[image.index(needle, (root - 1) * page_size) + offset] ^= bit
+        write_bytes(self.path, image)
+
+    def test_a_row_of_another_program_is_refused_by_key_and_can_be_replaced(self) -> None:
+        documents = (
+            b"not JSON", b"", b"[]", b"{}", b"1e999", b"\xff", b"[" * 100_000,
+            b'{"task_id":"b"}', b'{"task_id":"a"}', b'{"task_id":"a"}\xff',
+            b'{"task_id":"a","reward_lamports":-1}', b'{"task_id":"a","payload":"***"}',
+            b'{"task_id":"a","claimed_at":NaN}', b'{"task_id":"a","description":"\xed\xa0\x80"}',
+        )  # fmt: skip
+        columns = (
+            "value = 'not JSON'", "value = x'00'", "value = 5", "crc = crc + 1", "crc = 'x'",
+            "status = 'claimed'", "status = 'resolved'", "status = NULL", "status = x'00'",
+            "status = x'ff'", "at = 6", "at = NULL", "at = 'x'", "at = x'05'",
+        )  # fmt: skip
+        damages: dict[str, Callable[[], object]] = {}
+        for document in documents:
+            damages[str(document[:60])] = partial(self.plant, "tasks:a", document)
+        for column in columns:
+            damages[column] = partial(self.sql, f"UPDATE tasks SET {column} WHERE key = 'tasks:a'")
+        db = self.open()
+        task = TaskRecord(task_id="a", status=TaskStatus.COMPLETED, claimed_at=5)
+        for label, damage in damages.items():
+            with self.subTest(label):
+                db.store_task(task)
+                damage()
+                for read in (partial(db.get_task, "a"), partial(task_ids, db), db.list_tasks):
+                    self.assert_refused(DamagedError, read, "tasks:a")
+                store_tasks(db, "z")
+                self.damage("tasks:z")
+                self.assert_reported(db, "tasks:a", "tasks:z")  # it goes on to the end
+                store_tasks(db, "z")
+                db.store_task(task)
+                self.assertEqual((db.check(), db.get_task("a")), ([], task))
+                damage()
+                self.assertTrue(db.delete_task("a"))
+
+    def test_a_key_that_no_writer_stores_is_reported_and_never_returned(self) -> None:
+        db = self.open()
+        store_tasks(db, "a")
+        for key in (b"tasks:a", "", "tasks:", "tasks:a\n", "a"):
+            with self.subTest(key=key):
+                self.sql("UPDATE tasks SET key = ? WHERE key = 'tasks:a'", key)
+                self.assertIsNone(db.get_task("a"))
+                self.assert_refused(DamagedError, db.list_tasks)
+                self.assertEqual(len(db.check()), 1)
+                self.sql("UPDATE tasks SET key = 'tasks:a' WHERE key = ?", key)
+        self.assertEqual(db.check(), [])
+        self.sql("UPDATE tasks SET value = CAST(value AS BLOB)")  # nor does it store this
+        self.assert_reported(db, "tasks:a")
+
+    def test_a_namespace_that_this_process_does_not_know_is_checked_as_plain_json(self) -> None:
+        devices_of(self.open()).put(PairedDevice(device_id="d", part=Part(name="p")))
+        self.assert_sound()
+        self.sql("UPDATE devices SET value = replace(value, 'paired', 'forged')")
+        self.assert_reported(self.open(), "devices:d")
+        self.plant("devices:d", b"not JSON")
+        self.assert_reported(self.open(), "devices:d")
+
+    def test_a_damaged_proof_can_be_stored_again_or_deleted(self) -> None:
+        db, log = self.open(), proof("p")
+        db.store_proof(log)
+        self.damage("proofs:p")
+        self.assert_refused(DamagedError, lambda: db.get_proof("p"), "proofs:p")
+        self.assertTrue(db.store_proof(log))
+        self.assertEqual(db.get_proof("p"), log)
+        self.damage("proofs:p")
+        self.assertTrue(db.delete_proof("p"))
+        self.assertEqual(db.check(), [])
+
+    def test_a_proof_that_is_whole_beside_damaged_columns_is_still_a_proof(self) -> None:
+        db, log = self.open(), proof("p")
+        db.store_proof(log)
+        self.sql("UPDATE proofs SET at = at + 1")
+        self.assert_refused(DamagedError, lambda: db.get_proof("p"), "proofs:p")
+        for change in (partial(db.delete_proof, "p"), lambda: db.store_proof(proof("p", b"other"))):
+            self.assert_refused(ConflictError, change, "proofs:")
+        self.assertFalse(db.store_proof(replace(log, timestamp=9)), "it is no new proof")
+        self.assertEqual(db.get_proof("p"), log)
+
+    def test_a_changed_proof_with_a_right_checksum_does_not_match_its_evidence_hash(self) -> None:
+        db = self.open()
+        db.store_proof(proof("p", b"x"))
+        ((value,),) = self.sql("SELECT value FROM proofs")
+        self.assertIn('"outputs":"eA=="', value)
+        self.plant("proofs:p", value.replace("eA==", "eQ==").encode())
+        self.assert_refused(DamagedError, lambda: db.get_proof("p"), "proofs:p", "evidence_hash")
+        self.assert_reported(db, "proofs:p")
+
+    def test_pruning_removes_nothing_on_the_word_of_a_column(self) -> None:
+        db = self.open()
+        store_tasks(db, "disputed", status=TaskStatus.DISPUTED)
+        db.store_proof(proof("unsubmitted"))
+        self.sql("UPDATE tasks SET status = 'completed', at = 1")
+        self.sql("UPDATE proofs SET status = 'true', at = 1")
+        for dry_run in (True, False):
+            for days, key in (((30, None), "disputed"), ((None, None, 30), "unsubmitted")):
+                with self.subTest(key, dry_run=dry_run):
+                    prune = partial(db.prune, *days, dry_run=dry_run)
+                    self.assert_refused(DamagedError, prune, key)
+        keys = self.sql("SELECT tasks.key, proofs.key FROM tasks, proofs")
+        self.assertEqual(keys, [("tasks:disputed", "proofs:unsubmitted")])
+
+    def test_a_damaged_index_never_lets_a_proof_be_pruned_that_may_be_needed(self) -> None:
         with OperatorDb(self.path) as db:
-            return dict(every_record(db))
+            for n in range(1, 9):
+                db.store_proof(proof(f"p{n}", timestamp=1000, submitted=n == 7))
+        self.flip("proofs_status_at", b"true", 6, 2)  # it now leads to the row of another proof
+        db = self.open()
+        self.assert_refused(DamagedError, lambda: db.prune(None, None, 30), "proofs:p")
+        self.assertEqual(sum(db.get_proof(f"p{n}") is not None for n in range(1, 9)), 8)
+
+    def test_a_session_that_lacks_an_entry_is_refused_and_an_append_overwrites_none(self) -> None:
+        db = self.open()
+        for n in range(5):
+            db.append_transcript("s", "user", f"{n}")
+        change = "UPDATE session_log SET status = ? WHERE key = 'session_log:transcript:s:4'"
+        self.sql(change, None)  # so that it cannot be seen
+        self.assert_refused(DamagedError, lambda: db.get_session("s"), "transcript:s")
+        db.append_transcript("s", "user", "5")
+        self.sql(change, "transcript:s")
+        self.assertEqual([entry.content for entry in db.transcript("s")], [*"012345"])
+        self.sql("DELETE FROM session_log WHERE key = 'session_log:transcript:s:5'")
+        reads = (
+            partial(db.get_session, "s"),
+            partial(db.transcript, "s", last=1),
+            db.list_sessions,
+        )
+        for read in reads:
+            self.assert_refused(DamagedError, read, "transcript:s")
+        self.assert_reported(db, "transcript:s")
+
+    def test_a_log_without_its_session_is_named(self) -> None:
+        db = self.open()
+        db.append_transcript("s", "user", "hello")
+        db.append_command("s", "status")
+        self.sql("DELETE FROM sessions")
+        self.assert_reported(db, "transcript:s", "commands:s")
+        append = partial(db.append_transcript, "s", "user", "a new beginning")
+        self.assert_refused(DamagedError, append, "transcript:s")  # it would overwrite "hello"
+        self.assertIn("hello", self.sql("SELECT value FROM session_log ORDER BY key DESC")[0][0])
+
+    def test_records_that_come_and_go_during_a_check_raise_no_alarm(self) -> None:
+        def talk(name: str) -> None:
+            writer.append_transcript(name, "user", "hello")
+            writer.append_command(name, "status")
+
+        def act(_: str) -> None:
+            verbs = (talk, writer.delete_session, partial(store_tasks, writer), writer.delete_task)
+            rng.choice(verbs)(rng.choice("abc"))
+            next(acts)
+
+        writer, rng, acts = self.open(), random.Random(11), itertools.count()
+        self.watch_connections(listener=act)  # at each statement of what is opened from now on
+        checker = self.open()
+        for _ in range(30):
+            self.assertEqual(checker.check(), [])
+        self.assertGreater(next(acts), 500)
 
     def assert_reads_are_right(self, db: OperatorDb, stored: dict[tuple[str, str], Any]) -> int:
         """Read every record in every way; return how many do not come back. None may differ."""
@@ -4911,269 +3903,37 @@ class DamageIsFoundAndNamed(DatabaseTest):
                     self.assertEqual(task, stored["tasks", task.task_id])
         return lost
 
-    def plant(self, key: str, document: bytes) -> None:
-        """Put a document into the row of a record, with the checksum that belongs to it."""
-        table = key.partition(":")[0]
-        statement = f"UPDATE {table} SET value = CAST(? AS TEXT), crc = ? WHERE key = ?"
-        self.sql(statement, document, crc32(document), key)
-
-    def flip(self, name: str, needle: bytes, offset: int, bit: int) -> None:
-        """Change one bit of what an index says, in the closed file."""
-        ((root,),) = self.sql("SELECT rootpage FROM sqlite_schema WHERE name = ?", name)
-        ((page_size,),) = self.sql("PRAGMA page_size")
-        image = bytearray(read_bytes(self.path))
-        image[image.index(needle, (root - 1) * page_size) + offset] ^= bit
-        write_bytes(self.path, image)
-
-    # ---- rows that another program has written
-
-    def assert_refused_by_key(
-        self, db: OperatorDb, task: TaskRecord, damage: Callable[[], object]
-    ) -> None:
-        """Fail unless a damaged task is refused and reported by its key, and can be replaced."""
-        key = f"tasks:{task.task_id}"
-        damage()
-        for read in (
-            partial(db.get_task, task.task_id),
-            lambda: list(db.iter_tasks()),
-            db.list_tasks,
-        ):
-            self.assert_refused(DamagedError, read, key)
-        self.damage("tasks:z")
-        report = "\n".join(db.check())
-        self.assertIn(key, report)
-        self.assertIn("tasks:z", report, "check() goes on to the end")
-        store_tasks(db, "z")
-        db.store_task(task)
-        self.assertEqual((db.check(), db.get_task(task.task_id)), ([], task))
-        damage()
-        self.assertTrue(db.delete_task(task.task_id))
-        db.store_task(task)
-
-    def test_a_row_of_another_program_is_refused_by_key_and_can_be_replaced(self) -> None:
-        db = self.open()
-        task = TaskRecord(task_id="a", status=TaskStatus.COMPLETED, claimed_at=5)
-        db.store_task(task)
-        store_tasks(db, "z")
-        documents = (
-            b"not JSON", b"", b"[]", b"{}", b"1e999", b"\xff", b"[" * 100_000,
-            b'{"task_id":"b"}', b'{"task_id":"a"}', b'{"task_id":"a"}\xff',
-            b'{"task_id":"a","reward_lamports":-1}', b'{"task_id":"a","payload":"***"}',
-            b'{"task_id":"a","claimed_at":NaN}', b'{"task_id":"a","description":"\xed\xa0\x80"}',
-        )  # fmt: skip
-        columns = (
-            "value = 'not JSON'", "value = x'00'", "value = 5", "crc = crc + 1", "crc = 'x'",
-            "status = 'claimed'", "status = 'resolved'", "status = NULL", "status = x'00'",
-            "status = x'ff'", "at = 6", "at = NULL", "at = 'x'", "at = x'05'",
-        )  # fmt: skip
-        for document in documents:
-            with self.subTest(document=document[:60]):
-                self.assert_refused_by_key(db, task, partial(self.plant, "tasks:a", document))
-        for column in columns:
-            with self.subTest(column):
-                statement = f"UPDATE tasks SET {column} WHERE key = 'tasks:a'"
-                self.assert_refused_by_key(db, task, partial(self.sql, statement))
-
-    def test_a_value_that_is_no_text_is_reported(self) -> None:
-        db = self.open()
-        store_tasks(db, "a")
-        self.sql("UPDATE tasks SET value = CAST(value AS BLOB)")
-        self.assertIn("tasks:a", "\n".join(db.check()))
-        store_tasks(db, "a")
-        self.assertEqual(db.check(), [])
-
-    def test_a_key_that_no_writer_stores_is_reported_and_never_returned(self) -> None:
-        db = self.open()
-        store_tasks(db, "a")
-        for key in (b"tasks:a", "", "tasks:", "tasks:a\n", "a"):
-            with self.subTest(key=key):
-                self.sql("UPDATE tasks SET key = ? WHERE key = 'tasks:a'", key)
-                self.assertIsNone(db.get_task("a"))
-                self.assert_refused(DamagedError, db.list_tasks)
-                self.assertEqual(len(db.check()), 1)
-                self.sql("UPDATE tasks SET key = 'tasks:a' WHERE key = ?", key)
-        self.assertEqual(db.check(), [])
-
-    def test_a_namespace_that_this_process_does_not_know_is_checked_as_plain_json(self) -> None:
-        devices_of(self.open()).put(PairedDevice(device_id="d", part=Part(name="p")))
-        self.assert_sound()
-        self.sql("UPDATE devices SET value = replace(value, 'paired', 'forged')")
-        self.assertIn("devices:d", "\n".join(self.open().check()))
-        self.plant("devices:d", b"not JSON")
-        self.assertIn("devices:d", "\n".join(self.open().check()))
-
-    # ---- proofs
-
-    def test_a_damaged_proof_can_be_stored_again_or_deleted(self) -> None:
-        db, log = self.open(), proof("p")
-        db.store_proof(log)
-        for _ in range(2):
-            self.damage("proofs:p")
-            self.assert_refused(DamagedError, lambda: db.get_proof("p"), "proofs:p")
-            self.assertTrue(db.store_proof(log))
-            self.assertEqual(db.get_proof("p"), log)
-        self.damage("proofs:p")
-        self.assertTrue(db.delete_proof("p"))
-        self.assertEqual(db.check(), [])
-
-    def test_a_proof_that_is_whole_beside_damaged_columns_is_still_a_proof(self) -> None:
-        db, log = self.open(), proof("p")
-        db.store_proof(log)
-        self.sql("UPDATE proofs SET at = at + 1")
-        self.assert_refused(ConflictError, lambda: db.delete_proof("p"), "proofs:")
-        different = partial(db.store_proof, proof("p", b"other"))
-        self.assert_refused(ConflictError, different, "proofs:")
-        self.assert_refused(DamagedError, lambda: db.get_proof("p"), "proofs:p")
-        self.assertFalse(db.store_proof(replace(log, timestamp=9)), "it is no new proof")
-        self.assertEqual(db.get_proof("p"), log)
-
-    def test_a_changed_proof_with_a_right_checksum_does_not_match_its_evidence_hash(self) -> None:
-        db = self.open()
-        db.store_proof(proof("p", b"x"))
-        ((value,),) = self.sql("SELECT value FROM proofs")
-        changed = value.replace('"outputs":"eA=="', '"outputs":"eQ=="')
-        self.assertNotEqual(changed, value)
-        self.plant("proofs:p", changed.encode())
-        self.assert_refused(DamagedError, lambda: db.get_proof("p"), "proofs:p", "evidence_hash")
-        self.assertIn("proofs:p", "\n".join(db.check()))
-
-    # ---- pruning
-
-    def test_pruning_removes_nothing_on_the_word_of_a_column(self) -> None:
-        db = self.open()
-        store_tasks(db, "disputed", status=TaskStatus.DISPUTED)
-        db.store_proof(proof("unsubmitted"))
-        self.sql("UPDATE tasks SET status = 'completed', at = 1")
-        self.sql("UPDATE proofs SET status = 'true', at = 1")
-        for days, key in (((30, None, None), "disputed"), ((None, None, 30), "unsubmitted")):
-            for dry_run in (True, False):
-                with self.subTest(key, dry_run=dry_run):
-                    prune = partial(db.prune, *days, dry_run=dry_run)
-                    self.assert_refused(DamagedError, prune, key)
-        self.assertEqual(
-            self.sql("SELECT tasks.key, proofs.key FROM tasks, proofs"),
-            [("tasks:disputed", "proofs:unsubmitted")],
-        )
-
-    def test_a_damaged_index_never_lets_a_proof_be_pruned_that_may_be_needed(self) -> None:
+    def test_a_flipped_bit_changes_no_record_that_is_read_and_reading_changes_no_byte(self) -> None:
+        fill(self.path)
         with OperatorDb(self.path) as db:
-            for n in range(1, 9):
-                db.store_proof(proof(f"p{n}", timestamp=1000, submitted=n == 7))
-        self.flip("proofs_status_at", b"true", 6, 2)  # it now leads to the row of another proof
-        db = self.open()
-        self.assert_refused(DamagedError, lambda: db.prune(None, None, 30), "proofs:p")
-        self.assertEqual(sum(db.get_proof(f"p{n}") is not None for n in range(1, 9)), 8)
-
-    # ---- sessions
-
-    def test_a_damaged_index_never_makes_a_session_shorter(self) -> None:
-        with OperatorDb(self.path) as db:
-            db.append_transcript("s", "user", "x")
-            db.append_command("s", "go")
-        self.flip("session_log_status_at", b"commands:s", 0, 2)
-        db = self.open()
-        self.assert_refused(DamagedError, lambda: db.get_session("s"), "s")
-        self.assertTrue(db.check())
-
-    def test_an_append_never_overwrites_an_entry_that_cannot_be_seen(self) -> None:
-        db = self.open()
-        for n in range(5):
-            db.append_transcript("s", "user", f"{n}")
-        hide = "UPDATE session_log SET status = ? WHERE key = 'session_log:transcript:s:4'"
-        self.sql(hide, None)
-        self.assert_refused(DamagedError, lambda: db.get_session("s"), "transcript:s")
-        db.append_transcript("s", "user", "next")
-        self.sql(hide, "transcript:s")
-        contents = [entry.content for entry in db.transcript("s")]
-        self.assertEqual(contents, ["0", "1", "2", "3", "4", "next"])
-
-    def test_a_session_that_has_lost_an_entry_is_refused_and_named(self) -> None:
-        db = self.open()
-        for n in range(5):
-            db.append_transcript("s", "user", f"{n}")
-        self.sql("DELETE FROM session_log WHERE key = 'session_log:transcript:s:4'")
-        for read in (
-            lambda: db.get_session("s"),
-            lambda: db.transcript("s", last=1),
-            db.list_sessions,
-        ):
-            self.assert_refused(DamagedError, read, "transcript:s")
-        self.assertIn("transcript:s", "\n".join(db.check()))
-
-    def test_a_log_without_its_session_is_named(self) -> None:
-        db = self.open()
-        db.append_transcript("s", "user", "hello")
-        db.append_command("s", "status")
-        self.sql("DELETE FROM sessions")
-        transcript, commands = sorted(db.check(), reverse=True)
-        self.assertIn("transcript:s", transcript)
-        self.assertIn("commands:s", commands)
-        append = partial(db.append_transcript, "s", "user", "a new beginning")
-        self.assert_refused(DamagedError, append, "transcript:s")  # it would overwrite "hello"
-        self.assertIn("hello", self.sql("SELECT value FROM session_log ORDER BY key DESC")[0][0])
-
-    def test_records_that_come_and_go_during_a_check_raise_no_alarm(self) -> None:
-        def talk(name: str) -> None:
-            writer.append_transcript(name, "user", "hello")
-            writer.append_command(name, "status")
-
-        def act(_: str) -> None:
-            verbs = (talk, writer.delete_session, partial(store_tasks, writer), writer.delete_task)
-            rng.choice(verbs)(rng.choice("abc"))
-            next(acts)
-
-        writer, rng, acts = self.open(), random.Random(11), itertools.count()
-        self.watch_connections(listener=act)  # at each statement of what is opened from now on
-        checker = self.open()
-        for number in range(30):
+            stored = dict(every_record(db))
+        whole, rng = read_bytes(self.path), random.Random(6)
+        opened = lost = 0
+        for number in range(100):
+            damaged = with_flipped_bit(whole, rng)
+            write_bytes(self.path, damaged)
             with self.subTest(number=number):
-                self.assertEqual(checker.check(), [])
-        self.assertGreater(next(acts), 500)
-
-    # ---- pages
+                try:
+                    with OperatorDb(self.path, durable=False, timeout=2) as db:
+                        opened += 1
+                        problems = db.check()
+                        unread = self.assert_reads_are_right(db, stored)
+                    lost += unread
+                    self.assertTrue(problems or not unread, "a record is lost, check() is silent")
+                except OperatorDbError as error:
+                    self.assertIn(self.path, str(error))
+                self.assertTrue(read_bytes(self.path) == damaged, "to read it has changed it")
+        self.assertGreater(opened, 30)
+        self.assertGreater(lost, 6)
 
     def test_a_damaged_index_never_leads_a_walk_round_in_circles(self) -> None:
         with OperatorDb(self.path) as db:
             store_tasks(db, *(f"t{n:02}" for n in range(20)))
         self.flip("sqlite_autoindex_tasks_1", b"tasks:t19", 6, 0x40)
-
-        def walk() -> None:
-            with OperatorDb(self.path) as db:
-                self.assertTrue(db.check())
-                self.assert_refused(DamagedError, lambda: list(db.iter_tasks()), "tasks")
-
-        in_child(walk, seconds=5)
-
-    def test_a_flipped_bit_in_any_page_never_changes_a_record_that_is_returned(self) -> None:
-        stored, rng = self.stored(), random.Random(6)
-        whole = read_bytes(self.path)
-        opened = found = lost = 0
-        for number in range(100):
-            write_bytes(self.other, with_flipped_bit(whole, rng))
-            with self.subTest(number=number):
-                try:
-                    with OperatorDb(self.other, durable=False, timeout=2) as db:
-                        opened += 1
-                        problems = db.check()
-                        unread = self.assert_reads_are_right(db, stored)
-                except OperatorDbError as error:
-                    self.assertIn(self.other, str(error))
-                    continue
-                found, lost = found + bool(problems), lost + unread
-                self.assertTrue(problems or not unread, "a record is lost, and check() is silent")
-        self.assertGreater(opened, 30)
-        self.assertGreater(found, 12)
-        self.assertGreater(lost, 6)
-
-    def test_reading_and_checking_a_damaged_file_changes_no_byte_of_it(self) -> None:
-        stored = self.stored()
-        image = bytearray(read_bytes(self.path))
-        for place in range(9000, len(image), 9000):
-            image[place] ^= 0x10
-        write_bytes(self.path, image)
-        with self.assert_bytes_unchanged(), OperatorDb(self.path) as db:
-            self.assertGreater(self.assert_reads_are_right(db, stored), 0)
-            self.assertTrue(db.check())
+        db = self.open()
+        walk = partial(list, itertools.islice(db.iter_tasks(), 100))
+        self.assert_refused(DamagedError, walk, "tasks")
+        self.assertTrue(db.check())
 
     def test_a_file_that_is_cut_short_is_refused_and_left_as_it_is(self) -> None:
         fill(self.path)
@@ -5188,141 +3948,97 @@ class DamageIsFoundAndNamed(DatabaseTest):
                     self.assert_refused(error, opening, self.path)
 
     def test_a_damaged_log_never_makes_a_record_that_was_not_stored(self) -> None:
-        def write(say: Say) -> None:
+        def write() -> OperatorDb:
             db = OperatorDb(self.path)
             for n in range(30):
                 store_tasks(db, f"t{n % 10}", payload=b"%d" % n * 500)
-            say("stored")
-            signal.pause()
+            return db
 
-        child = Child(write)
-        child.line()
-        child.kill()
+        staying_open(write).kill()
         image, log, rng = read_bytes(self.path), read_bytes(self.path + "-wal"), random.Random(7)
         for number in range(40):
-            is_longer = number < 10
-            garbage = rng.randbytes(rng.randrange(1, 9000))
-            path = self.beside(f"{number}.db")
-            write_bytes(path, image)
-            write_bytes(path + "-wal", log + garbage if is_longer else with_flipped_bit(log, rng))
-            refusals = () if is_longer else (DamagedError, StorageError, ForeignFileError)
-            with self.subTest(number=number), suppress(*refusals), OperatorDb(path) as db:
-                payloads = {task.task_id: task.payload for task in db.iter_tasks()}
-                for task_id, payload in payloads.items():
-                    n = int(task_id.removeprefix("t"))
-                    self.assertIn(payload, [b"%d" % each * 500 for each in range(n, 30, 10)])
-                self.assertTrue(len(payloads) == 10 or not is_longer)
+            write_bytes(self.other, image)
+            write_bytes(self.other + "-wal", with_flipped_bit(log, rng))
+            refusals = (DamagedError, StorageError, ForeignFileError)
+            with self.subTest(number=number), suppress(*refusals), OperatorDb(self.other) as db:
+                for task in db.iter_tasks():
+                    written = range(int(task.task_id.removeprefix("t")), 30, 10)
+                    self.assertIn(task.payload, [b"%d" % n * 500 for n in written])
 
     def test_a_check_goes_on_past_pages_that_cannot_be_read_and_ends(self) -> None:
-        def look() -> tuple[list[str], set[str]]:
-            """Return what check() finds, and the tasks that cannot be read by their keys."""
-            refused = set()
+        def assert_damage_is_named(task_keys: list[str]) -> None:
             with OperatorDb(self.path) as db:
-                for n in range(40):
+                problems = db.check()
+                self.assertGreater(len(problems), 2, "the pages are damaged, too")
+                named = set(re.findall(r"\b(?:tasks|proofs):t\d+\b", "\n".join(problems)))
+                self.assertLessEqual({"tasks:t30", "proofs:t5"}, named)
+                for key in task_keys:
                     try:
-                        db.get_task(f"t{n}")
+                        db.get_task(key.removeprefix("tasks:"))
                     except DamagedError:
-                        refused.add(f"tasks:t{n}")
-                return db.check(), refused
+                        self.assertIn(key, named)
 
         fill(self.path)
         self.damage("tasks:t30")
         self.damage("proofs:t5")
+        image, rng = read_bytes(self.path), random.Random(9)
         try:
-            found = self.sql(
-                "SELECT name, pageno FROM dbstat WHERE pagetype = 'leaf' ORDER BY path"
-            )
+            pages = self.sql("SELECT name, pgoffset, pgsize FROM dbstat WHERE pagetype = 'leaf'")
         except sqlite3.OperationalError:
             self.skipTest("this SQLite was built without dbstat")
-        ((size,),) = self.sql("PRAGMA page_size")
-        image, leaves = read_bytes(self.path), dict[str, list[slice]]()
-        for name, number in found:
-            leaves.setdefault(name, []).append(slice((number - 1) * size, number * size))
-        rows = [leaf for leaf in leaves["tasks"] if b'"task_id":"t30"' not in image[leaf]]
-        keys, statuses = leaves["sqlite_autoindex_tasks_1"], leaves["tasks_status_at"]
-        cases = [("rows", [leaf]) for leaf in rows]
-        cases += [("keys", [leaf]) for leaf in keys]
-        cases += [("statuses", [leaf]) for leaf in statuses]
-        cases += [("keys and rows", [*keys, leaf]) for leaf in rows[::6]]
-        cases += [("keys and the last rows", [*keys, rows[-1]])]
-        contents = (bytes(size), random.Random(9).randbytes(size))
-        for (label, pages), content in itertools.product(cases, contents):
-            with self.subTest(label, pages=pages, zeros=not any(content)):
+        rows, keys, statuses = (
+            [slice(offset, offset + size) for name, offset, size in pages if name == wanted]
+            for wanted in ("tasks", "sqlite_autoindex_tasks_1", "tasks_status_at")
+        )
+        rows = [row for row in rows if b'"task_id":"t30"' not in image[row]]
+        cases = [("a row", [leaf]) for leaf in rows]
+        cases += [("an index", [leaf]) for leaf in (*keys, *statuses)]
+        cases += [("keys and a row", [*keys, leaf]) for leaf in (*rows[::6], rows[-1])]
+        for (label, pages), is_zeros in itertools.product(cases, (True, False)):
+            with self.subTest(label, pages=pages, is_zeros=is_zeros):
                 damaged = bytearray(image)
                 for page in pages:
-                    damaged[page] = content
+                    size = page.stop - page.start
+                    damaged[page] = bytes(size) if is_zeros else rng.randbytes(size)
                 write_bytes(self.path, damaged)
-                problems, refused = in_child(look, seconds=5)
-                self.assertGreater(len(problems), 2, "the pages are damaged, too")
-                named = set(re.findall(r"\b(?:tasks|proofs):t\d+\b", "\n".join(problems)))
-                self.assertLessEqual({"tasks:t30", "proofs:t5"}, named)
-                if label == "rows":  # their keys can be read
-                    self.assertLessEqual(refused, named)
+                # where their keys can be read
+                task_keys = [f"tasks:t{n}" for n in range(40)] if label == "a row" else []
+                in_child(partial(assert_damage_is_named, task_keys), seconds=5)
 
 
 # ==== Export, import, backup, restore, compact ====================================================
 
-# As `agenc-db export --format json` writes it, one string moved to a line of its own.
+# As `agenc-db export --format json` writes it.
 PROTOTYPE_EXPORT = r"""{
   "exported_at": "2026-02-21T14:55:55.120394+00:00",
-  "stats": {
-    "total_tasks": 3, "task_counts": {"InProgress": 1, "Completed": 1, "Disputed": 1},
-    "total_sessions": 1, "total_proofs": 1
-  },
-  "config": {
-    "wallet_pubkey": "4YRpGXNp5gfPE8XqcUAL3FV6xHMJaQkxVccPTSy8hutg",
-    "rpc_url": "https://api.devnet.solana.com", "network": "devnet",
-    "capabilities": ["voice", "code", "trading", "social", "email", "image"],
-    "model_preferences": null
-  },
+  "stats": {"total_tasks": 2, "task_counts": {"InProgress": 1, "Disputed": 1},
+            "total_sessions": 1, "total_proofs": 1},
+  "config": {"wallet_pubkey": "4YRpGXNp5gfPE8XqcUAL3FV6xHMJaQkxVccPTSy8hutg", "network": "devnet",
+             "rpc_url": "https://api.devnet.solana.com", "capabilities": ["voice", "code"],
+             "model_preferences": null},
   "tasks": [
-    {
-      "task_id": "2aotSaHBBZvWyUDt8qztEGesVGiVqg54xiPvBxZvAqFt",
-      "payload": [123, 34, 106, 111, 98, 34, 58, 34, 195, 169, 34, 125],
-      "status": "Disputed", "claimed_at": 1774627200, "completed_at": 1774627900,
-      "on_chain_signature":
-"37WpEBkP5eWGkDs98BHyvTA6CMMbt61Hco7qn9khxy4iZJF4iY8y9RghrTdErYD1QDRhXPBZ2uLvAy9R8qRRA4ra",
-      "description": "Summarise the readiness report",
-      "reward_lamports": 18446744073709551615, "reward_skr_tokens": null,
-      "creator": "AYwAQmXxTLB3ukpRPHV2LC6qA4DCo2hsuSTneNn9xnQN"
-    },
-    {
-      "task_id": "task-in-progress", "payload": [], "status": "InProgress",
-      "claimed_at": 1774627300, "completed_at": null, "on_chain_signature": null,
-      "description": null, "reward_lamports": 0, "reward_skr_tokens": 5000000000, "creator": null
-    },
-    {
-      "task_id": "task-done", "payload": [0, 255, 128], "status": "Completed",
-      "claimed_at": 1774627000, "completed_at": 1774627100,
-      "on_chain_signature":
-"65QAodfEi2q6bwa9L1HYumnjpSi18FfyrK3W7HU1wXKGcTVfHCTNGaefjFpqR3e75CphecDXQFY8eZmYZyeHsdzY",
-      "description": "done", "reward_lamports": 1, "reward_skr_tokens": null, "creator": null
-    }
+    {"task_id": "2aotSaHBBZvWyUDt8qztEGesVGiVqg54xiPvBxZvAqFt", "payload": [0, 255, 128, 195, 169],
+     "status": "Disputed", "claimed_at": 1774627200, "completed_at": 1774627900,
+     "on_chain_signature": "37WpEBkP5eWGkDs98BHyvTA6CMMbt61Hco7qn9khxy4i",
+     "description": "Summarise the report", "reward_lamports": 18446744073709551615,
+     "reward_skr_tokens": null, "creator": "AYwAQmXxTLB3ukpRPHV2LC6qA4DCo2hsuSTneNn9xnQN"},
+    {"task_id": "task-in-progress", "payload": [], "status": "InProgress",
+     "claimed_at": 1774627300, "completed_at": null, "on_chain_signature": null,
+     "description": null, "reward_lamports": 0, "reward_skr_tokens": 5000000000, "creator": null}
   ],
   "sessions": [
-    {
-      "session_id": "session_1774627000123",
-      "transcript": [
-        {"role": "system", "content": "ClaimTask", "timestamp": 1774627001},
-        {"role": "user", "content": "what is it worth?", "timestamp": 1774627002}
-      ],
-      "active_task_ids": ["task-in-progress"], "command_history": ["ClaimTask"],
-      "created_at": 1774627000, "last_active": 1774627002
-    }
+    {"session_id": "session_1774627000123", "active_task_ids": ["task-in-progress"],
+     "transcript": [{"role": "system", "content": "ClaimTask", "timestamp": 1774627001},
+                    {"role": "user", "content": "what is it worth?", "timestamp": 1774627002}],
+     "command_history": ["ClaimTask"], "created_at": 1774627000, "last_active": 1774627002}
   ]
 }"""
 
 
-def export_of(
-    *entries: dict[str, Any], withheld: dict[str, list[str]] | None = None, **header: Any
-) -> BytesIO:
+def export_of(*entries: dict[str, Any], **header: Any) -> BytesIO:
     """Return an export of these lines, the first of which is line 2; `header` changes line 1."""
-    first: dict[str, Any] = {
-        "format": "operator_db/1",
-        "schema_version": 1,  # which every later edition takes
-        "withheld": withheld or {},
-        "records": Counter(entry["namespace"] for entry in entries),
-    }
+    first: dict[str, Any] = {"format": "operator_db/1", "schema_version": 1, "withheld": {}}
+    first["records"] = Counter(entry["namespace"] for entry in entries)
     return BytesIO(b"\n".join(json.dumps(line).encode() for line in (first | header, *entries)))
 
 
@@ -5354,168 +4070,92 @@ def at_progress(part: float, action: Callable[[], object]) -> Callable[[int, int
 
 
 class TransferTest(DatabaseTest):
-    """A database with some of everything: made once, and copied for each test."""
-
-    image = b""
+    """A database with some of everything."""
 
     def setUp(self) -> None:
         super().setUp()
-        if not TransferTest.image:
-            fill(self.path, tasks=10)
-            TransferTest.image = read_bytes(self.path)
-        write_bytes(self.path, self.image)
+        fill(self.path, tasks=10)
 
     def fill_large(self, path: str, tasks: int = 60) -> None:
         """Add large tasks to a database: 60 are so much that it is copied in several steps."""
         with OperatorDb(path, durable=False) as db, db.transaction():
             store_tasks(db, *(f"large{n}" for n in range(tasks)), payload=bytes(70_000))
 
-    def store_pair(self, db: OperatorDb, value: int) -> None:
-        """Change two tasks in one transaction, the first and the last that are walked."""
-        with db.transaction():
-            store_tasks(db, "+first", "~last", reward_lamports=value)
-
 
 class ExportsHoldEverything(TransferTest):
-    def test_an_export_is_one_snapshot_while_a_writer_goes_on(self) -> None:
-        db, out, values = self.open(), BytesIO(), itertools.count()
-        self.store_pair(db, next(values))
-        db.export(
-            out, progress=lambda *_: run_in_threads(lambda: self.store_pair(db, next(values)))
-        )
-        self.assertGreater(next(values), 20)
-        header, *entries = map(json.loads, out.getvalue().splitlines())
-        records = [entry["record"] for entry in entries]
-        rewards = {each.get("task_id"): each.get("reward_lamports") for each in records}
-        self.assertEqual((rewards["+first"], rewards["~last"]), (0, 0))
-        self.assertEqual(header["records"], Counter(entry["namespace"] for entry in entries))
+    def test_an_export_or_backup_is_one_snapshot_while_a_writer_goes_on(self) -> None:
+        def store_pair() -> None:
+            with db.transaction():  # the first and the last task that are walked
+                store_tasks(db, "+first", "~last", reward_lamports=next(values))
 
-    def test_export_and_import_take_the_memory_of_one_record(self) -> None:
-        peaks: dict[str, list[int]] = {"export": [], "import_": []}
-        for count in (2, 20):
-            db = self.open(f"{self.other}{count}")
-            store_tasks(db, *map(str, range(count)), payload=bytes(500_000))
-            for verb, of_verb in peaks.items():
-                tracemalloc.start()
-                getattr(db, verb)(self.file)
-                of_verb.append(tracemalloc.get_traced_memory()[1])
-                tracemalloc.stop()
-        for verb, (few, many) in peaks.items():
-            self.assertLess(many, few + 3_000_000, verb)
+        def write(*_: int) -> None:
+            run_in_threads(store_pair)
 
-    def test_export_and_import_keep_nothing_for_each_record(self) -> None:
-        db = self.open()
-        with db.transaction():
-            store_tasks(db, *map(str, range(1000)), payload=bytes(3000))
-        db.export(self.file)  # from now on it is known what a batch of records takes
-        for verb in (db.export, db.import_):
-            blocks = array("q")  # which allocates none for a number that joins it
-            verb(self.file, progress=lambda *_, seen=blocks: seen.append(sys.getallocatedblocks()))
-            early, late = blocks[: len(blocks) // 10], blocks[len(blocks) // 2 :]
-            self.assertLess(max(late) - max(early), 500, verb)
+        self.fill_large(self.path)
+        db, values = self.open(), itertools.count()
+        store_pair()
+        before = exported(db, include_secrets=False)
+        db.export(self.file, progress=write)
+        self.assertTrue(read_bytes(self.file).splitlines()[1:] == before)
+        before = exported(db)
+        db.backup(self.other, progress=write)
+        self.assertTrue(content_of(self.other) == before)
+        self.assertGreater(next(values), 50)
+        db.import_(self.file)  # which compares the records with the header
 
-    def test_progress_rises_to_its_total(self) -> None:
-        db, other, backup = self.open(), self.open(self.other), self.beside("backup.db")
-        for verb in (
-            partial(db.export, self.file),
-            partial(other.import_, self.file),
-            partial(db.backup, backup),
-            partial(other.restore, backup),
-        ):
-            calls: list[tuple[int, int]] = []
-            verb(progress=lambda *so_far, calls=calls: calls.append(so_far))
-            totals = {total for _, total in calls if total}  # of pages and of records
-            for total in totals:
-                done = [done for done, of in calls if of == total]
-                with self.subTest(verb=verb, total=total):
-                    self.assertEqual((done, done[-1]), (sorted(done), total))
-            self.assertTrue(totals)
-
-    def test_an_export_shows_secrets_only_when_asked(self) -> None:
-        db = self.open()
-        store_secrets(db)
-        for asked in (False, True):
-            db.export(self.file, include_secrets=asked)
-            text = read_bytes(self.file).decode()
-            self.assertEqual((text.count(SECRET), '"***"' in text), (4 * asked, not asked))
-            self.assertEqual(json.loads(text.splitlines()[0])["withheld"] == {}, asked)
-
-    def test_exports_and_backups_are_private_whatever_the_umask_and_the_old_file(self) -> None:
-        db = self.open()
-        self.addCleanup(os.umask, os.umask(0))
-        for umask, old_mode in itertools.product((0o000, 0o777), (None, 0o666)):
-            for verb, path in (
-                (db.export, self.file),
-                (partial(db.backup, overwrite=True), self.other),
-            ):
-                if old_mode:
-                    os.chmod(path, old_mode)
-                os.umask(umask)
-                verb(path)
-                with self.subTest(path=path, umask=umask, old_mode=old_mode):
-                    self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+    def test_export_and_import_take_no_more_memory_for_more_records(self) -> None:
+        # a few large records, and many: of these not even something small is kept
+        for size, few, many, room in ((200_000, 2, 20, 2_000_000), (3000, 600, 1000, 10_000)):
+            peaks: dict[str, list[int]] = {"export": [], "import_": []}
+            for count in (few, many):
+                db = self.open(f"{self.other}{count}")
+                with db.transaction():
+                    store_tasks(db, *map(str, range(count)), payload=bytes(size))
+                for verb, of_verb in peaks.items():
+                    tracemalloc.start()
+                    getattr(db, verb)(self.file)
+                    of_verb.append(tracemalloc.get_traced_memory()[1])
+                    tracemalloc.stop()
+            for verb, (less, more) in peaks.items():
+                with self.subTest(verb, size=size):
+                    self.assertLess(more, less + room)
 
     def test_any_kind_of_stream_gets_the_whole_export(self) -> None:
-        db, text, binary, unbuffered = self.open(), StringIO(), BytesIO(), bytearray()
-        store_tasks(db, "漢字")
-        db.export(text)
-
-        with redirect_stdout(TextIOWrapper(binary, encoding="ascii")) as printed:
-            print("printed before")
-            db.export(sys.stdout)
-        self.assertEqual(printed.encoding, "ascii")
-        before, _, sent = binary.getvalue().partition(b"\n")
-        self.assertEqual(before, b"printed before")
-
+        db, text, unbuffered = self.open(), StringIO(), bytearray()
+        printed = TextIOWrapper(BytesIO(), encoding="ascii")
         raw = mock.Mock(spec=io.RawIOBase)
         raw.write.side_effect = lambda data: unbuffered.extend(data[:1000]) or min(1000, len(data))
-        db.export(raw)
-
-        streams = {"text": text.getvalue().encode(), "stdout": sent, "unbuffered": unbuffered}
-        for label, got in streams.items():
-            with self.subTest(label):
-                header, *lines = got.splitlines()
-                self.assertEqual(json.loads(header)["format"], "operator_db/1")
-                self.assertEqual(lines, exported(db, include_secrets=False))
-
-    def test_a_stream_that_fails_is_a_storage_error(self) -> None:
-        db, stream = self.open(), mock.Mock(spec=io.RawIOBase)
-        for result in (None, OSError("gone"), BrokenPipeError(errno.EPIPE, "gone")):
-            stream.write.side_effect = [result]
-            with self.subTest(result=result), self.assert_unchanged():
-                self.assert_refused(StorageError, lambda: db.export(stream), "stream")
+        store_tasks(db, "漢字")
+        print("printed before", file=printed)
+        for stream in (text, printed, raw):
+            db.export(stream)
+        before, _, sent = printed.buffer.getvalue().partition(b"\n")
+        self.assertEqual(before, b"printed before")
+        for got in (text.getvalue().encode(), sent, unbuffered):
+            header, *lines = got.splitlines()
+            self.assertEqual(json.loads(header)["format"], "operator_db/1")
+            self.assertEqual(lines, exported(db, include_secrets=False))
 
     def test_a_named_pipe_is_written_to_and_never_replaced(self) -> None:
         fifo, db = self.beside("fifo"), self.open()
         os.mkfifo(fifo)
         with self.assert_unchanged():
             self.assert_refused(StorageError, lambda: db.backup(fifo, overwrite=True), fifo)
-        command = ["--db-path", self.path, "export", "-o", fifo]
-        metrics = ["--db-path", self.path, "stats", "--prometheus", "-o", fifo]
-        export, metric = b'{"format":"operator_db/1"', b"\noperator_db_tasks{"
-        for label, send, wanted in (
-            ("export", lambda: db.export(fifo), export),
-            ("export by command", lambda: operator_db.main(command), export),
-            ("metrics", lambda: db.write_metrics(fifo), metric),
-            ("metrics by command", lambda: operator_db.main(metrics), metric),
-        ):
-            got: list[bytes] = []
-            run_in_threads(send, lambda got=got: got.append(read_bytes(fifo)))
-            with self.subTest(label):
-                self.assertIn(wanted, got[0])
-                if wanted is export:
-                    self.assertEqual(got[0].splitlines()[1:], exported(db, include_secrets=False))
-                self.assertTrue(stat.S_ISFIFO(os.stat(fifo).st_mode))
+        got: list[bytes] = []
+        for send in (db.export, db.write_metrics):
+            run_in_threads(partial(send, fifo), lambda: got.append(read_bytes(fifo)))
+            self.assertTrue(stat.S_ISFIFO(os.stat(fifo).st_mode))
+        self.assertEqual(got[0].splitlines()[1:], exported(db, include_secrets=False))
+        self.assertIn(b"\noperator_db_tasks{", got[1])
 
     def test_an_export_into_a_slow_pipe_holds_no_snapshot_and_no_lock(self) -> None:
-        reader, writer = os.pipe()
-        db, other = self.open(), self.open(timeout=0)
-        store_tasks(db, "large", payload=bytes(10**6))
-
         def export() -> None:
             with open(writer, "wb") as pipe:
                 db.export(pipe)
 
+        reader, writer = os.pipe()
+        db, other = self.open(), self.open(timeout=0)
+        store_tasks(db, "large", payload=bytes(10**6))
         with in_background(export), open(reader, "rb") as pipe:
             pipe.read(1)  # the rest does not fit into the pipe: the export waits
             store_tasks(other, "meanwhile")
@@ -5523,31 +4163,14 @@ class ExportsHoldEverything(TransferTest):
             self.assertEqual(os.stat(self.path + "-wal").st_size, 0)
             self.assertEqual(pipe.read().count(b"\n"), len(exported(db)))
 
-    def test_an_export_that_does_not_end_leaves_the_old_file(self) -> None:
-        db = self.open()
-        write_bytes(self.file, b"old")
-
-        def without_room() -> None:
-            with file_size_limit(500_000):
-                self.assert_refused(StorageError, lambda: db.export(self.file), self.file)
-
-        for part in (0.01, 0.5, 1.0):
-            with self.subTest(part=part):
-                with self.assert_unchanged(), self.assertRaises(KeyboardInterrupt):
-                    db.export(self.file, progress=interrupt_when(part))
-                paused_at(partial(db.export, self.file), part).kill()
-                self.assertEqual(read_bytes(self.file), b"old")
-        store_tasks(db, "large", payload=bytes(10**6))
-        with self.assert_unchanged():
-            in_child(without_room)
-        self.assertEqual(read_bytes(self.file), b"old")
-
-    def test_a_damaged_record_is_not_exported_but_named(self) -> None:
-        db = self.open()
+    def test_a_damaged_record_is_neither_exported_nor_backed_up_but_named(self) -> None:
+        db, stream = self.open(), BytesIO()
         write_bytes(self.file, b"old")
         self.damage("proofs:t1")
-        self.assert_refused(DamagedError, lambda: db.export(self.file), "proofs:t1")
-        self.assertEqual(read_bytes(self.file), b"old")
+        for verb, file in ((db.export, self.file), (db.export, stream), (db.backup, self.other)):
+            self.assert_refused(DamagedError, partial(verb, file), "proofs:t1")
+        self.assertEqual((read_bytes(self.file), stream.getvalue()), (b"old", b""))
+        self.assertEqual(self.names(), {"operator.db", "operator.jsonl"})
 
 
 class ImportTest(TransferTest):
@@ -5564,56 +4187,40 @@ class ImportTest(TransferTest):
         self.records: dict[str, int] = json.loads(header)["records"]
         self.last = f"line {len(self.lines) + 2}"  # that of one more
 
-    def own_entry(
-        self, namespace: str, record: Any, status: str | None = None, at: int | None = None
-    ) -> dict[str, Any]:
-        """Return the line of a record in a namespace of the operator's own."""
-        columns = {"key": record["name"], "status": status, "at": at}
-        return {"namespace": namespace, **columns, "record": record}
-
 
 class ImportsTakeAllOrNothing(ImportTest):
     DEEP = json.loads("[" * 150 + "]" * 150)
     WRONG_ENTRIES = (  # namespace, place in its line, value there, what the error names
         ("tasks", "record.reward_lamports", "1", "reward_lamports"),
-        ("tasks", "record.reward_lamports", -1, "reward_lamports"),
         ("tasks", "record.reward_skr_tokens", 2**64, "reward_skr_tokens"),
         ("tasks", "record.claimed_at", True, "claimed_at"),
-        ("tasks", "record.completed_at", 1.5, "completed_at"),
         ("tasks", "record.payload", "not base64!", "payload"),
-        ("tasks", "record.payload", [1, 2], "payload"),
-        ("tasks", "record.status", "lost", "status"),
-        ("tasks", "record.description", "\ud800", "description"),
+        ("tasks", "record.status", "completed", "history"),  # with which it must end
         ("tasks", "record.task_id", "a\nb", "task_id"),
         ("tasks", "record.task_id", REMOVED, "task_id"),
         ("tasks", "record.claimed_at", REMOVED, "claimed_at"),
         ("tasks", "record.mood", 1, "mood"),
-        ("tasks", "record.history", {}, "history"),
-        ("tasks", "record.history.0.at", "then", "history"),
+        ("tasks", "record.history", [], "history"),
+        ("tasks", "record.history.0.status", "disputed", "history"),
+        ("tasks", "record.history.0.signature", "another", "history"),
         ("tasks", "record.history.0.mood", None, "mood"),
         ("sessions", "record.transcript.0.content", None, "transcript"),
-        ("sessions", "record.transcript.0.mood", "", "mood"),
         ("sessions", "record.transcript.0.timestamp", REMOVED, "timestamp"),
-        ("sessions", "record.active_task_ids", "t1", "active_task_ids"),
         ("proofs", "record.outputs", REMOVED, "outputs"),
         ("proofs", "record.proof_hash", "00" * 32, "proof_hash"),
         ("proofs", "record.submitted", "yes", "submitted"),
         ("config", "record.keypairs", {"main": 5, "more": SECRET}, "keypairs"),
         ("config", "record.keypairs", {"main": "***", "more": SECRET}, "keypairs"),
         ("config", "record.rpc_endpoints", [SECRET, 7], "rpc_endpoints"),
-        ("config", "record.rpc_endpoints", SECRET, "rpc_endpoints"),
         ("config", "record.rpc_endpoints", ["***", SECRET], "rpc_endpoints"),
         ("config", "record.model_preferences", {"a": DEEP}, "model_preferences"),
         ("tallies", "record.count", "many", "count"),
         ("tallies", "record.pin", [SECRET], "pin"),
         ("tallies", "record.name", "another", "another"),  # its key is another one
         ("tallies", "key", REMOVED, ""),
-        ("tallies", "namespace", "tasks", ""),
         ("tasks", "namespace", "proofs", ""),
         ("tasks", "namespace", "session_log", ""),
         ("tasks", "namespace", "No such", ""),
-        ("tasks", "namespace", None, ""),
-        ("tasks", "record", [1], ""),
         ("tasks", "record", REMOVED, ""),
         ("tasks", "more", 1, ""),
     )
@@ -5621,12 +4228,10 @@ class ImportsTakeAllOrNothing(ImportTest):
     WRONG_LINES = (  # text of a line, what the error names
         (OF_CONFIG + b'{"network":"\xff"}}', "UTF-8"),
         (OF_CONFIG + b'{"model_preferences":{"a":NaN}}}', "NaN"),
-        (OF_CONFIG + b'{"model_preferences":{"a":-Infinity}}}', "Infinity"),
         (OF_CONFIG + b'{"model_preferences":{"a":1e999}}}', "model_preferences"),
         (OF_CONFIG + b'{"keypairs":{"main":"' + SECRET.encode(), "JSON"),
         (OF_CONFIG + b"[" * 10**5, ""),
         (b"[1]", "JSON"),
-        (b"7", "JSON"),
     )
 
     def test_a_wrong_line_is_refused_by_its_number_and_field(self) -> None:
@@ -5644,91 +4249,57 @@ class ImportsTakeAllOrNothing(ImportTest):
                 self.assert_refused(InvalidRecordError, bring, self.last, word)
 
     def test_what_is_cut_or_newer_or_no_export_is_refused(self) -> None:
-        entries, records = self.entries, self.records
+        db, entries, records = self.open(self.other), self.entries, self.records
         whole = export_of(*entries).getvalue()
-        cases = (
-            ("last line lost", export_of(*entries[:-1], records=records), "tallies"),
-            ("last line twice", export_of(*entries, entries[-1], records=records), "tallies"),
-            ("all lines lost", export_of(records=records), "config"),
-            ("no counts", export_of(*entries, records=None), "line 1"),
-            ("cut within a line", BytesIO(whole[: len(whole) // 2]), "line"),
-            ("newer schema", export_of(*entries, schema_version=99), "99"),
-            ("newer format", export_of(*entries, format="operator_db/2"), "operator_db/2"),
+        invalid, newer = InvalidRecordError, NewerSchemaError
+        cases: tuple[tuple[str, BytesIO, type[OperatorDbError], str], ...] = (
+            ("last line lost", export_of(*entries[:-1], records=records), invalid, "tallies"),
+            ("a line twice", export_of(*entries, entries[-1], records=records), invalid, "tallies"),
+            ("all lines lost", export_of(records=records), invalid, "config"),
+            ("no counts", export_of(*entries, records=None), invalid, "line 1"),
+            ("cut within a line", BytesIO(whole[: len(whole) // 2]), invalid, "line"),
+            ("newer schema", export_of(*entries, schema_version=99), newer, "99"),
+            ("newer format", export_of(*entries, format="operator_db/2"), newer, "operator_db/2"),
             *(
-                (f"{text}", BytesIO(text), "")
+                (repr(text), BytesIO(text), invalid, "")
                 for text in (b"", b"\n", b"text", b"{}", b"[]", b"[7]")
             ),
         )
-        db = self.open(self.other)
-        for label, text, word in cases:
-            error = NewerSchemaError if label.startswith("newer") else InvalidRecordError
+        for label, text, error, word in cases:
             with self.subTest(label), self.assert_unchanged(self.other):
-                self.assert_refused(error, lambda text=text: db.import_(text), word)
+                self.assert_refused(error, partial(db.import_, text), word)
 
     def test_a_secret_that_is_withheld_in_part_is_refused_by_line_and_field(self) -> None:
-        @dataclass
-        class Vault:
-            name: str
-            content: Any = field(default=None, metadata={"secret": True})
-
         db = self.open(self.other)
-        withheld = {"vaults": ["content"], "config": ["keypairs", "rpc_endpoints"]}
-        parts = (
-            {"a": {"b": "***"}},
-            [["***"]],
-            ["***", SECRET],
-            {"a": SECRET, "b": [{"c": "***"}]},
-        )
-        for known in (False, True):
-            if known:
-                db.namespace("vaults", Vault, key="name")
-            for value in parts:
-                for name, line in (
-                    ("content", self.own_entry("vaults", {"name": "v", "content": value})),
-                    ("keypairs", {"namespace": "config", "record": {"keypairs": value}}),
-                    ("rpc_endpoints", {"namespace": "config", "record": {"rpc_endpoints": value}}),
-                ):
-                    bring = partial(db.import_, export_of(line, withheld=withheld))
-                    with self.subTest(known=known, line=line), self.assert_unchanged(self.other):
-                        self.assert_refused(InvalidRecordError, bring, "line 2", name)
-
-    def test_a_history_that_does_not_end_with_the_status_of_its_task_is_refused(self) -> None:
-        entry = next(each for each in self.entries if each["record"].get("task_id") == "t2")
-        history = entry["record"]["history"]
-        db = self.open(self.other)
-        db.import_(export_of(entry))
-        for name, value in (
-            ("status", "claimed"),
-            ("status", "disputed"),
-            ("history", []),
-            ("history", [*history, {"status": "claimed", "at": 3, "signature": None}]),
-            ("history", [{"status": "completed", "at": 3, "signature": "another"}]),
-        ):
-            bring = partial(db.import_, export_of(with_field(entry, f"record.{name}", value)))
-            with self.subTest(name=name, value=value), self.assert_unchanged(self.other):
-                self.assert_refused(InvalidRecordError, bring, "line 2", "history")
+        for content in ({"a": {"b": "***"}}, [["***"]], {"a": SECRET, "b": [{"c": "***"}]}):
+            line = {"namespace": "vaults", "key": "v", "status": None, "at": None}
+            line["record"] = {"name": "v", "content": content}
+            bring = partial(db.import_, export_of(line, withheld={"vaults": ["content"]}))
+            with self.subTest(content=content), self.assert_unchanged(self.other):
+                self.assert_refused(InvalidRecordError, bring, "line 2", "content")
 
     def test_an_import_into_a_new_file_gives_the_same_export(self) -> None:
+        anything = [1, None, {"b": 2.5}]
+        odd = PairedDevice(
+            device_id="d:é", token=SECRET, part=Part("a", b"\xff"), anything=anything
+        )
         with OperatorDb(self.path, durable=False) as db:
-            devices = devices_of(db)
-            anything = [1, None, {"b": 2.5}]
-            odd = PairedDevice(
-                device_id="d:é", token=SECRET, part=Part("a", b"\xff"), anything=anything
-            )
-            devices.put(odd)
-            devices.put(PairedDevice(device_id="lost", status="lost", last_seen=-5))
-            most = {"description": '\0\x1b"\\\u202e\u2028', "reward_lamports": 2**64 - 1}
-            store_tasks(db, "%:漢字", **most)
+            devices_of(db).put(odd)
+            devices_of(db).put(PairedDevice(device_id="lost", status="lost", last_seen=-5))
+            description = '\0\x1b"\\\u202e\u2028'
+            store_tasks(db, "%:漢字", description=description, reward_lamports=2**64 - 1)
+            store_tasks(db, "***", description="***")  # stars that stand for nothing
+            tallies_of(db).put(Tally(name="***", pin="***"))
             db.export(self.file, include_secrets=True)
-        rows = self.sql("SELECT * FROM devices ORDER BY key")
-        for known in (False, True):
-            path = f"{self.other}{known}"
-            with self.subTest(known=known), OperatorDb(path, durable=False) as db:
-                if known:
-                    self.assertEqual(devices_of(db).count(), 0)
+        select = "SELECT * FROM devices ORDER BY key"
+        for is_class_known in (False, True):
+            path = f"{self.other}{is_class_known}"
+            with self.subTest(is_class_known=is_class_known), OperatorDb(path) as db:
+                if is_class_known:
+                    devices_of(db)
                 db.import_(self.file)
                 self.assertEqual((exported(db), db.check()), (content_of(self.path), []))
-                self.assertEqual(self.sql("SELECT * FROM devices ORDER BY key", path=path), rows)
+                self.assertEqual(self.sql(select, path=path), self.sql(select))
                 self.assertEqual(devices_of(db).get("d:é"), odd)
 
     def test_an_import_reports_what_it_added_replaced_and_left_alone(self) -> None:
@@ -5745,43 +4316,20 @@ class ImportsTakeAllOrNothing(ImportTest):
         tallies_of(db).update("one", lambda tally: replace(tally, count=9))
         counts = db.import_(StringIO(read_bytes(self.file).decode()))
         self.assertEqual(counts["tasks"], {"added": 1, "unchanged": records["tasks"] - 1})
-        self.assertEqual(counts["config"], {"replaced": 1})
-        self.assertEqual(counts["tallies"], {"replaced": 1})
+        self.assertEqual((counts["config"], counts["tallies"]), ({"replaced": 1}, {"replaced": 1}))
         db.delete_task("t1")  # whose status was kept
         db.import_(self.file)
         self.assertEqual(exported(db), self.lines)
 
-    def test_imported_values_keep_their_json_type_and_columns(self) -> None:
-        db = self.open(self.other)
-        for namespace, value in itertools.product(
-            ("tallies", "config"), (1, True, 1.0, 1, False, 0, 0.0)
-        ):
-            line = self.own_entry("tallies", {"name": "one", "count": value})
-            if namespace == "config":
-                line = {"namespace": "config", "record": {"model_preferences": {"a": value}}}
-            with self.subTest(namespace=namespace, value=value):
-                self.assertNotIn("unchanged", db.import_(export_of(line))[namespace])
-                self.assertEqual(db.import_(export_of(line)), {namespace: {"unchanged": 1}})
-                start = f'{{"namespace":"{namespace}"'.encode()
-                (stored,) = (each for each in exported(db) if each.startswith(start))
-                self.assertIn(f":{json.dumps(value)}}}".encode(), stored)
-        for columns in ((), ("new",), ("old",), ("old", 1), ("old", 2), (None, 2)):
-            line = self.own_entry("tallies", {"name": "one", "count": 0.0}, *columns)
-            with self.subTest(columns=columns):
-                outcome = "replaced" if columns else "unchanged"
-                self.assertEqual(db.import_(export_of(line))["tallies"], {outcome: 1})
-                self.assertEqual(json.loads(exported(db)[-1]), line)
-
     def test_the_input_is_read_before_the_write_lock_is_taken(self) -> None:
-        reader, writer = os.pipe()
-        began = threading.Event()
-        db, another = self.open(self.other), self.open(self.other, timeout=0)
-        whole = read_bytes(self.file)
-
         def read() -> None:
             with open(reader, "rb") as pipe:
                 db.import_(pipe, progress=lambda *_: began.set())
 
+        reader, writer = os.pipe()
+        began = threading.Event()
+        db, another = self.open(self.other), self.open(self.other, timeout=0)
+        whole = read_bytes(self.file)
         with in_background(read), open(writer, "wb") as pipe:
             pipe.write(whole[:-500])
             pipe.flush()
@@ -5790,39 +4338,6 @@ class ImportsTakeAllOrNothing(ImportTest):
             pipe.write(whole[-500:])
         self.assertEqual(len(exported(db)), len(self.lines) + 1)
 
-    def test_an_import_that_does_not_end_takes_nothing(self) -> None:
-        db = self.open(self.other)
-
-        def without_room() -> None:
-            with ExitStack() as limits:
-
-                def fill_disk() -> None:  # only then: the input is read into a temporary file
-                    limits.enter_context(file_size_limit(4096))
-
-                bring = partial(db.import_, self.file, progress=at_progress(1.0, fill_disk))
-                self.assert_refused(StorageError, bring, self.other)
-            store_tasks(db, "room again")
-
-        for part in (0.1, 0.5, 1.0):
-            with self.subTest(part=part):
-                with self.assert_unchanged(self.other), self.assertRaises(KeyboardInterrupt):
-                    db.import_(self.file, progress=interrupt_when(part))
-                store_tasks(db, f"no lock is held {part}")
-                with self.assert_unchanged(self.other):
-                    paused_at(partial(db.import_, self.file), part).kill()
-        in_child(without_room)
-        self.assertEqual(task_ids(db)[-1], "room again")
-        self.assertEqual(len(exported(db)), 4)  # with what was stored meanwhile
-        self.assert_sound(self.other)
-
-    def test_an_import_is_all_or_nothing_whatever_happens(self) -> None:
-        with OperatorDb(self.path) as db:
-            for task_id in task_ids(db)[::2]:
-                db.delete_task(task_id)
-            db.delete_session("s1")
-            tallies_of(db).delete("one")
-        self.assert_all_or_nothing(lambda db: db.import_(self.file), "kill", "interrupt", tries=6)
-
 
 class ImportsNeverGoBack(ImportTest):
     def test_what_the_database_knows_more_of_is_kept(self) -> None:
@@ -5830,17 +4345,17 @@ class ImportsNeverGoBack(ImportTest):
             db.update_task_status("t0", "completed", signature="sig")
             db.append_transcript("s0", "user", "later")
             db.append_command("s1", "later")
+            db.mark_proof_submitted("t1", "sig")  # which was submitted before
             db.mark_proof_submitted("t3", "sig")
             with self.assert_unchanged():
                 counts = db.import_(self.file)
-            for name in ("tasks", "sessions", "proofs"):
-                self.assertEqual(set(counts[name]), {"unchanged"})
+            self.assertEqual({name for each in counts.values() for name in each}, {"unchanged"})
             db.export(self.file)
         db = self.open(self.other)  # and what the file knows more of arrives
         db.import_(export_of(*self.entries))
         counts = db.import_(self.file)
-        replaced = {name: counts[name]["replaced"] for name in ("tasks", "sessions", "proofs")}
-        self.assertEqual(replaced, {"tasks": 1, "sessions": 2, "proofs": 1})
+        replaced = {name: each["replaced"] for name, each in counts.items() if each["replaced"]}
+        self.assertEqual(replaced, {"tasks": 1, "sessions": 2, "proofs": 2})
         self.assertEqual((db.check(), exported(db)), ([], content_of(self.path)))
 
     def test_other_evidence_or_another_log_is_refused_by_line_and_key(self) -> None:
@@ -5857,20 +4372,6 @@ class ImportsNeverGoBack(ImportTest):
             with self.subTest(key), self.assert_unchanged(self.other):
                 self.assert_refused(ConflictError, bring, self.last, key)
 
-    def test_a_proof_gains_the_signature_that_was_not_known(self) -> None:
-        signed = proof("signed", submitted=True, submission_signature="sig")
-        with OperatorDb(self.path) as db:
-            db.store_proof(signed)
-            db.export(self.file)
-        db = self.open(self.other)
-        for submitted in (True, False):
-            db.delete_proof("signed")
-            db.store_proof(proof("signed", submitted=submitted))
-            with self.subTest(submitted=submitted):
-                self.assertEqual(db.import_(self.file)["proofs"]["replaced"], 1)
-                self.assertEqual(db.get_proof("signed"), signed)
-                self.assertNotIn("replaced", db.import_(self.file)["proofs"])
-
     def test_of_two_histories_the_later_is_kept_and_no_stored_entry_is_lost(self) -> None:
         def task(moves: list[tuple[str, int]]) -> TaskRecord:
             changes = [StatusChange(status=TaskStatus(name), at=at) for name, at in moves]
@@ -5880,7 +4381,7 @@ class ImportsNeverGoBack(ImportTest):
         started, late = ("in_progress", 10), ("in_progress", 11)
         early, done = ("completed", 5), ("completed", 20)
         disputed, lost = ("disputed", 20), ("disputed", 30)
-        db = self.open(self.other)
+        db, elsewhere = self.open(self.other), self.open(self.beside("elsewhere.db"))
         for stored, given, kept in (
             ([started], [done], [started, done]),
             ([started], [again, done], [started, again, done]),
@@ -5891,18 +4392,17 @@ class ImportsNeverGoBack(ImportTest):
             ([started, done], [started], [started, done]),
             ([started, early], [started], [started, early]),  # whatever its clock said
         ):
-            db.delete_task("t")
-            db.store_task(task([claimed, *given]))
-            (entry,) = map(json.loads, exported(db))
-            db.delete_task("t")
-            db.store_task(task([claimed, *stored]))
+            for each, moves in ((elsewhere, given), (db, stored)):
+                each.delete_task("t")
+                each.store_task(task([claimed, *moves]))
+            elsewhere.export(self.file)
             with self.subTest(stored=stored, given=given):
-                counts = db.import_(export_of(entry))["tasks"]
-                self.assertEqual(counts["replaced"], int(kept != stored))
+                counts = db.import_(self.file)
+                self.assertEqual(counts["tasks"]["replaced"], int(kept != stored))
                 merged, wanted = db.get_task("t"), task([claimed, *kept])
                 self.assertEqual((merged.history, merged.status), (wanted.history, wanted.status))
                 with self.assert_unchanged(self.other):
-                    db.import_(export_of(entry))
+                    db.import_(self.file)
 
     def test_a_secret_that_is_withheld_stays_as_it_is_stored(self) -> None:
         with OperatorDb(self.path) as db:
@@ -5911,8 +4411,7 @@ class ImportsNeverGoBack(ImportTest):
             before = exported(db)
             with self.assert_unchanged():
                 counts = db.import_(self.file)
-            outcomes = {outcome for count in counts.values() for outcome in count}
-            self.assertEqual(outcomes, {"unchanged"})
+            self.assertEqual({name for each in counts.values() for name in each}, {"unchanged"})
             tallies_of(db).update("two", lambda tally: replace(tally, count=5))
             db.store_config(replace(db.get_config(), network="devnet"))
         with OperatorDb(self.path) as db:  # to which no class of a namespace is known
@@ -5920,9 +4419,15 @@ class ImportsNeverGoBack(ImportTest):
             self.assertEqual(exported(db), before)
 
     def test_a_secret_that_is_withheld_and_not_stored_is_its_default_or_refused(self) -> None:
+        @dataclass
+        class Card:
+            name: str
+            pin: str = field(metadata={"secret": True})
+
         with OperatorDb(self.path) as db:
             store_secrets(db)
             db.export(self.file)
+        self.assertNotIn(SECRET.encode(), read_bytes(self.file))
         db = self.open(self.other)
         bring = partial(db.import_, self.file)
         self.assert_refused(InvalidRecordError, bring, "line", "tallies.pin")
@@ -5932,58 +4437,29 @@ class ImportsNeverGoBack(ImportTest):
         self.assertNotIn(b"***", b"".join(exported(db)))
         self.assertEqual(tallies_of(db).get("two"), Tally(name="two"))
 
-    def test_a_secret_without_a_default_is_kept_and_the_rest_is_checked(self) -> None:
-        @dataclass
-        class Card:
-            name: str
-            pin: str = field(metadata={"secret": True})
-
-        db, other = self.open(), self.open(self.other)
-        db.namespace("cards", Card, key="name").put(Card("one", SECRET))
-        db.export(self.file)
-        with self.assert_unchanged():
-            self.assertEqual(db.import_(self.file)["cards"], {"unchanged": 1})
-            text = read_bytes(self.file).replace(b'"name":"one"', b'"name":1')
-            bring = partial(db.import_, BytesIO(text))
-            self.assert_refused(InvalidRecordError, bring, "line", "name")
-        other.namespace("cards", Card, key="name")
-        with self.assert_unchanged(self.other):
-            self.assert_refused(InvalidRecordError, lambda: other.import_(self.file), "line", "pin")
-
-    def test_a_secret_of_an_unknown_class_is_never_made_up(self) -> None:
-        @dataclass
-        class Voice:
-            name: str
-            role: str = field(default="secret role", metadata={"secret": True})
-
-        db, other = self.open(), self.open(self.other)
-        db.namespace("voices", Voice, key="name").put(Voice("v"))
-        db.export(self.file)
-        self.assert_refused(InvalidRecordError, lambda: other.import_(self.file), "voices.role")
-        self.assertEqual(exported(other), [])
-
-    def test_stars_that_stand_for_nothing_are_imported_as_they_are(self) -> None:
-        with OperatorDb(self.path) as db:
-            tallies_of(db).put(Tally(name="stars", pin="***"))
-            tallies_of(db).put(Tally(name="***"))
-            store_tasks(db, "***", description="***")
-            db.export(self.file, include_secrets=True)
-        db = self.open(self.other)
-        db.import_(self.file)
-        self.assertEqual(exported(db), content_of(self.path))
-        self.assertEqual(tallies_of(db).get("stars"), Tally(name="stars", pin="***"))
+        cards = db.namespace("cards", Card, key="name")
+        entry = {"namespace": "cards", "key": "one", "status": None, "at": None}
+        for name, is_stored, word in (("one", False, "pin"), (1, True, "name")):
+            entry["record"] = {"name": name, "pin": "***"}
+            if is_stored:
+                cards.put(Card("one", SECRET))
+            bring = partial(db.import_, export_of(entry, withheld={"cards": ["pin"]}))
+            with self.subTest(is_stored=is_stored), self.assert_unchanged(self.other):
+                self.assert_refused(InvalidRecordError, bring, "line 2", word)
+        entry["record"]["name"] = "one"
+        counts = db.import_(export_of(entry, withheld={"cards": ["pin"]}))
+        self.assertEqual((counts["cards"], cards.get("one").pin), ({"unchanged": 1}, SECRET))
 
     def test_a_damaged_record_is_not_given_up_for_one_without_its_secrets(self) -> None:
         with OperatorDb(self.path) as db:
             store_secrets(db)
             db.export(self.file)
-        self.damage("config:operator")
-        self.sql("DELETE FROM tasks")
-        with closing(sqlite3.connect(self.path)) as raw:
-            before = [*raw.iterdump()]
-            bring = partial(self.open().import_, self.file)
+            self.damage("config:operator")
+            self.sql("DELETE FROM tasks")
+            before = self.sql("SELECT * FROM config")
+            bring = partial(db.import_, self.file)
             self.assert_refused(DamagedError, bring, "line", "config:operator")
-            self.assertEqual([*raw.iterdump()], before)
+            self.assertEqual((task_ids(db), self.sql("SELECT * FROM config")), ([], before))
 
     def test_a_record_of_a_class_that_has_changed_since_arrives_whole(self) -> None:
         @dataclass
@@ -5993,121 +4469,90 @@ class ImportsNeverGoBack(ImportTest):
             pin: str = field(default="", metadata={"secret": True})
 
         @dataclass
-        class Grown:
+        class Changed:
             name: str
             note: str = "none"
-            code: str = field(default="", metadata={"secret": True})
-
-        @dataclass
-        class Shrunk:
-            name: str
 
         with OperatorDb(self.path) as db:
             db.namespace("cards", Card, key="name").put(Card("one", "red", SECRET))
-        for now in (Grown, Shrunk):
-            path = f"{self.other}{now.__name__}"
-            with self.subTest(now), OperatorDb(self.path) as db, OperatorDb(path) as other:
-                _, cards = (each.namespace("cards", now, key="name") for each in (db, other))
-                db.export(self.file, include_secrets=True)
-                other.import_(self.file)
-                self.assertEqual((exported(other), cards.get("one")), (exported(db), now("one")))
-                self.assertIn(SECRET.encode(), b"".join(exported(other)))
-                withheld = exported(db, include_secrets=False)
-                self.assertNotIn(SECRET.encode(), b"".join(withheld))
+        with OperatorDb(self.path) as db, OperatorDb(self.other) as other:
+            _, cards = (each.namespace("cards", Changed, key="name") for each in (db, other))
+            db.export(self.file, include_secrets=True)
+            other.import_(self.file)
+            self.assertEqual((exported(other), cards.get("one")), (exported(db), Changed("one")))
+            self.assertIn(SECRET.encode(), b"".join(exported(other)))
+            self.assertNotIn(SECRET.encode(), b"".join(exported(db, include_secrets=False)))
 
 
 class ThePrototypesExportMovesIn(TransferTest):
     DOCUMENT = json.loads(PROTOTYPE_EXPORT)
     DAMAGE = (  # place, value there, what the error names
         ("tasks.1.payload", [256], "tasks[1] payload"),
-        ("tasks.1.payload", [-1], "tasks[1] payload"),
-        ("tasks.1.payload", ["x"], "tasks[1] payload"),
-        ("tasks.1.payload", "AAAA", "tasks[1] payload"),
         ("tasks.1.payload", 10**12, "tasks[1] payload"),
         ("tasks.0.status", "Lost", "tasks[0] status"),
-        ("tasks.2.reward_lamports", -1, "tasks[2] reward_lamports"),
-        ("tasks.2.mood", 1, "tasks[2] mood"),
-        ("tasks.2", 7, "tasks[2]"),
+        ("tasks.1.reward_lamports", -1, "tasks[1] reward_lamports"),
+        ("tasks.1.mood", 1, "tasks[1] mood"),
         ("tasks", {}, "tasks"),
         ("tasks", REMOVED, ""),
         ("sessions.0.transcript.1.content", 5, "sessions[0] transcript"),
         ("sessions.0.mood", 5, "sessions[0] mood"),
         ("sessions.0", None, "sessions[0]"),
         ("config.capabilities", "voice", "config capabilities"),
-        ("config.mood", "voice", "config mood"),
         ("config.rpc_url", {SECRET: 1}, "config rpc_endpoints"),
         ("config", [SECRET], "config"),
         ("stats.total_tasks", 4, "total_tasks"),
-        ("stats.total_sessions", 0, "total_sessions"),
         ("proofs", [], "proofs"),
-        *(
-            (f"tasks.{n}.{name}", REMOVED, f"tasks[{n}] {name}")
-            for n, task in enumerate(DOCUMENT["tasks"])
-            for name in task
-        ),
+        *((f"tasks.0.{name}", REMOVED, f"tasks[0] {name}") for name in DOCUMENT["tasks"][0]),
     )
 
     def test_every_field_arrives_however_the_document_is_printed(self) -> None:
-        config, tasks, (session,) = (
-            self.DOCUMENT[name] for name in ("config", "tasks", "sessions")
-        )
-        rpc_endpoints = [config["rpc_url"]]
-        arriving = {name: config[name] for name in ("wallet_pubkey", "network", "capabilities")}
-        transcript = [TranscriptEntry(**entry) for entry in session["transcript"]]
+        given = json.loads(PROTOTYPE_EXPORT)
+        for task in given["tasks"]:
+            task |= {"payload": bytes(task["payload"]), "status": TaskStatus(task["status"])}
+        (session,) = given["sessions"]
+        session["transcript"] = [TranscriptEntry(**entry) for entry in session["transcript"]]
+        config = {**given["config"], "model_preferences": {}}
+        config["rpc_endpoints"] = [config.pop("rpc_url")]
         for label, text in (
             ("pretty-printed", PROTOTYPE_EXPORT),
             ("on one line", json.dumps(self.DOCUMENT)),
             ("with a byte order mark", "\ufeff" + PROTOTYPE_EXPORT),
         ):
             with self.subTest(label), OperatorDb(self.beside(label), durable=False) as db:
-                counts = db.import_(BytesIO(text.encode()))
-                self.assertEqual(counts.pop("proofs"), {"left_behind": 1})
-                added = {"config": {"added": 1}, "tasks": {"added": 3}, "sessions": {"added": 1}}
-                self.assertEqual(counts, added)
-                for old in tasks:
-                    task = db.get_task(old["task_id"])
-                    payload, status = bytes(old["payload"]), TaskStatus(old["status"])
-                    wanted = {**old, "payload": payload, "status": status}
-                    self.assertEqual({name: getattr(task, name) for name in old}, wanted)
-                    self.assertEqual(task.history[-1].status, status)
-                wanted = SessionState(**{**session, "transcript": transcript})
-                self.assertEqual(db.list_sessions(), [wanted])
-                wanted = OperatorConfig(rpc_endpoints=rpc_endpoints, **arriving)
-                self.assertEqual(db.get_config(), wanted)
+                for outcome in ("added", "unchanged"):
+                    counts = db.import_(BytesIO(text.encode()))
+                    self.assertEqual(counts.pop("proofs"), {"left_behind": 1})
+                    self.assertEqual([*counts.values()], [{outcome: n} for n in (1, 2, 1)])
+                for wanted in given["tasks"]:
+                    task = db.get_task(wanted["task_id"])
+                    self.assertEqual({name: getattr(task, name) for name in wanted}, wanted)
+                    self.assertEqual(task.history[-1].status, task.status)
+                self.assertEqual(db.list_sessions(), [SessionState(**session)])
+                self.assertEqual(db.get_config(), OperatorConfig(**config))
                 self.assertEqual((db.check(), db.list_proofs()), ([], []))
-                again = db.import_(BytesIO(text.encode()))
-                self.assertEqual(again["tasks"], {"unchanged": 3})
-                self.assertEqual(again["sessions"], {"unchanged": 1})
 
     def test_a_damaged_document_is_refused_by_place(self) -> None:
         db = self.open(self.other)
         store_tasks(db, "there")
-        for place, value, words in self.DAMAGE:
-            text = json.dumps(with_field(self.DOCUMENT, place, value))
-            with self.subTest(place=place, value=value), self.assert_unchanged(self.other):
+        whole = PROTOTYPE_EXPORT
+        cases = [
+            (json.dumps(with_field(self.DOCUMENT, place, value)), words)
+            for place, value, words in self.DAMAGE
+        ]
+        cases += [(whole[:-1], ""), (whole[:500], ""), (whole + "x", "")]
+        cases += [(whole.replace("null", "NaN", 1), "NaN")]
+        for text, words in cases:
+            with self.subTest(words, end=text[-9:]), self.assert_unchanged(self.other):
                 bring = partial(db.import_, StringIO(text))
                 self.assert_refused(InvalidRecordError, bring, *words.split())
-        whole = PROTOTYPE_EXPORT
-        for text in (whole[:-1], whole[:500], whole + "x", whole.replace("null", "NaN", 1)):
-            with self.subTest(end=text[-9:]), self.assert_unchanged(self.other):
-                self.assert_refused(InvalidRecordError, partial(db.import_, StringIO(text)))
 
-    def test_a_document_without_config_or_sessions_is_taken(self) -> None:
+    def test_a_document_without_values_replaces_none(self) -> None:
         db = self.open(self.other)
         text = json.dumps({**self.DOCUMENT, "config": None, "sessions": [], "stats": {}})
-        self.assertEqual(db.import_(StringIO(text)), {"tasks": {"added": 3}})
+        self.assertEqual(db.import_(StringIO(text)), {"tasks": {"added": 2}})
         self.assertIsNone(db.get_config())
-
-    def test_a_configuration_without_values_replaces_none(self) -> None:
-        db = self.open(self.other)
-        config = OperatorConfig(
-            wallet_pubkey="w",
-            network="devnet",
-            capabilities=["voice"],
-            model_preferences={"a": 1},
-            keypairs={"main": SECRET},
-            rpc_endpoints=["https://rpc"],
-        )
+        values = {"network": "devnet", "capabilities": ["voice"], "model_preferences": {"a": 1}}
+        config = OperatorConfig(keypairs={"main": SECRET}, rpc_endpoints=["https://rpc"], **values)
         db.store_config(config)
         for empty in (dict.fromkeys(self.DOCUMENT["config"]), {}):
             db.import_(StringIO(json.dumps({**self.DOCUMENT, "config": empty})))
@@ -6115,113 +4560,67 @@ class ThePrototypesExportMovesIn(TransferTest):
 
 
 class BackupsAreWholeAndChecked(TransferTest):
-    def test_a_backup_is_one_state_while_a_writer_goes_on(self) -> None:
-        self.fill_large(self.path)
-        with OperatorDb(self.path, durable=False) as db:
-            values = itertools.count()
-            self.store_pair(db, next(values))
-            before = exported(db)
-
-            def write(*_: int) -> None:
-                run_in_threads(lambda: self.store_pair(db, next(values)))
-
-            db.backup(self.other, progress=write)
-            self.assertGreater(next(values), 4)
-        self.assertEqual(set(os.listdir(self.folder)), {"operator.db", "other.db"})
-        copied = self.open(self.other)
-        self.assertTrue(exported(copied) == before)
-        self.assertEqual((copied.check(), tallies_of(copied).count()), ([], 1))
-        self.store_pair(copied, 7)
-
-    def test_a_damaged_database_is_not_backed_up_but_its_record_named(self) -> None:
-        db = self.open()
-        self.damage("proofs:t1")
-        self.assert_refused(DamagedError, lambda: db.backup(self.other), "proofs:t1")
-        self.assertEqual(self.names(), {"operator.db"})
-
     def test_a_name_that_is_taken_is_never_replaced_not_even_meanwhile(self) -> None:
-        db = self.open()
-        for taken, meanwhile in itertools.product(("", "-wal"), (False, True)):
-            name = self.other + taken
-            take_name = partial(write_bytes, name, b"somebody's")
+        """Nor is a database that has a write-ahead log, and so is open elsewhere."""
+        db, log = self.open(), self.other + "-wal"
+        overwrite = partial(db.backup, overwrite=True)
+        for verb, taken, meanwhile in (
+            *itertools.product((db.backup,), (self.other, log), (False, True)),
+            *itertools.product((db.export, overwrite), (log,), (False, True)),
+            (db.write_metrics, log, False),
+        ):
+            take_name = partial(write_bytes, taken, b"somebody's")
             if not meanwhile:
                 take_name()
-            progress = at_progress(0.0, take_name) if meanwhile else None
-            backup = partial(db.backup, self.other, overwrite=taken == "-wal", progress=progress)
-            with self.subTest(taken=taken, meanwhile=meanwhile):
-                self.assert_refused(StorageError, backup, name)
-                self.assertEqual(read_bytes(name), b"somebody's")
-                files = set(os.listdir(self.folder)) - {"operator.db-wal", "operator.db-shm"}
-                self.assertEqual(files, {"operator.db", "other.db" + taken})
-            os.unlink(name)
+            options = {"progress": at_progress(0.0, take_name)} if meanwhile else {}
+            with self.subTest(verb=verb, taken=taken, meanwhile=meanwhile):
+                self.assert_refused(StorageError, partial(verb, self.other, **options), taken)
+                self.assertEqual(read_bytes(taken), b"somebody's")
+                found = [name for name in os.listdir(self.folder) if "operator.db" not in name]
+                self.assertEqual(found, [os.path.basename(taken)])
+            os.unlink(taken)
         write_bytes(self.other, b"old")
-        db.backup(self.other, overwrite=True)
+        overwrite(self.other)
         self.assertEqual(content_of(self.other), content_of(self.path))
 
     def test_backup_restore_and_compact_are_refused_inside_a_transaction(self) -> None:
         db, other = self.open(), self.open(self.other)
         other.backup(self.file)
-        for verb in (
-            partial(db.backup, self.beside("new")),
-            partial(db.restore, self.file),
-            db.compact,
-        ):
+        backup, restore = partial(db.backup, self.beside("new")), partial(db.restore, self.file)
+        for verb in (backup, restore, db.compact):
             with self.subTest(verb=verb), self.assert_unchanged(), db.transaction():
                 self.assert_refused(ConflictError, verb, "transaction")
-
-    def test_a_backup_that_does_not_end_leaves_nothing_or_the_old_file(self) -> None:
-        self.fill_large(self.path)
-        db = self.open()
-        backup = partial(db.backup, self.other, overwrite=True)
-
-        def without_room() -> None:
-            with file_size_limit(2 * 10**6):
-                self.assert_refused(StorageError, backup, self.other)
-
-        for old in (None, b"old"):
-            if old:
-                write_bytes(self.other, old)
-            with self.assert_unchanged():
-                in_child(without_room)
-            for part in (0.01, 1.0):
-                with self.subTest(old=old, part=part):
-                    with self.assert_unchanged(), self.assertRaises(KeyboardInterrupt):
-                        backup(progress=interrupt_when(part))
-                    paused_at(backup, part).kill()
-                    self.assertEqual(read_bytes(self.other) if old else None, old)
-                    self.assertEqual(os.path.exists(self.other), old is not None)
 
 
 class RestoresReplaceEverything(TransferTest):
     def setUp(self) -> None:
         super().setUp()
-        write_bytes(self.other, self.image)
+        fill(self.other, tasks=5)
         with OperatorDb(self.other, durable=False) as db:
-            for task_id in task_ids(db)[5:]:
-                db.delete_task(task_id)
             wallets_of(db)
         self.old, self.new = content_of(self.path), content_of(self.other)
 
     def test_everyone_who_has_the_database_open_goes_on_with_what_was_restored(self) -> None:
-        def go_on(say: Say) -> list[str]:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        def go_on() -> list[list[str]]:
             with OperatorDb(self.path) as db:
-                say(len(task_ids(db)))
-                signal.sigwait({signal.SIGUSR1})
-                seen = task_ids(db)
+                before = task_ids(db)
+                turn.wait()
+                turn.wait()
+                after = task_ids(db)
                 store_tasks(db, "from the other process")
-                return seen
+                return [before, after]
 
-        child = Child(go_on)
-        self.assertEqual(child.line(), "10")
+        turn = multiprocessing.get_context("fork").Barrier(2, timeout=10)
+        process = Child(lambda _: go_on())
+        turn.wait()
         with OperatorDb(self.path) as db, OperatorDb(self.path) as another:
             tallies = tallies_of(another)
             self.assertEqual((len(task_ids(another)), tallies.count()), (10, 1))
             db.restore(self.other)
             self.assertEqual(os.stat(self.path + "-wal").st_size, 0)
             self.assertEqual((exported(db), exported(another)), (self.new, self.new))
-            os.kill(child.pid, signal.SIGUSR1)
-            self.assertEqual(len(child.result()), 5)
+            turn.wait()
+            self.assertEqual([len(names) for names in process.result()], [10, 5])
             store_tasks(another, "from the other handle")
             self.assertEqual((len(task_ids(db)), tallies.put(Tally(name="again"))), (7, True))
         self.assert_sound()
@@ -6233,124 +4632,63 @@ class RestoresReplaceEverything(TransferTest):
         spaces = tallies_of(db), tallies_of(another)
         self.assertEqual([space.count() for space in spaces], [1, 1])
         db.restore(self.beside("empty.db"))
-        for space in spaces:
-            self.assertEqual((space.count(), space.get("one")), (0, None))
         for number, space in enumerate(spaces):
+            self.assertEqual((space.count(), space.get("one")), (number, None))
             space.put(Tally(name=str(number)))
-        self.assertEqual([space.count() for space in spaces], [2, 2])
         self.assertEqual((db.stats().records["tallies"], another.check()), (2, []))
 
     def test_what_is_no_sound_backup_is_refused_by_its_path(self) -> None:
-        damaged, newer, foreign, text, cut = map(
-            self.beside, ("damaged.db", "newer.db", "foreign.db", "text.db", "cut.db")
-        )
-        for path in (damaged, newer):
-            shutil.copy(self.other, path)
-        self.damage("tasks:t3", path=damaged)
-        self.sql("PRAGMA user_version = 99", path=newer)
-        self.sql("CREATE TABLE theirs(a)", path=foreign)
-        write_bytes(text, b"some text " * 99)
-        write_bytes(cut, read_bytes(self.other)[:-5000])
-        db = self.open()
-        for error, path in (
-            (DamagedError, damaged),
-            (NewerSchemaError, newer),
-            (ForeignFileError, foreign),
-            (ForeignFileError, text),
-            (DamagedError, cut),
-            (StorageError, self.beside("missing.db")),
-            (ForeignFileError, self.folder),
-        ):
-            with self.subTest(path=path), self.assert_unchanged():
-                self.assert_refused(error, lambda path=path: db.restore(path), path)
-                store_tasks(db, "t0", claimed_at=0)  # as it is: no lock is held
-
-    def test_a_backup_with_anything_planted_in_it_is_refused_by_its_path(self) -> None:
-        image, db = read_bytes(self.other), self.open()
+        sound, db = read_bytes(self.other), self.open()
         tallies = tallies_of(db)
-        for planted in (
-            "CREATE TRIGGER planted AFTER INSERT ON tallies BEGIN DELETE FROM tallies; END",
-            "CREATE TRIGGER planted AFTER UPDATE ON wallets BEGIN SELECT 1; END",
-            "CREATE INDEX planted ON tallies(key)",
-            "DROP TABLE tallies; CREATE TABLE tallies(key, value)",
-            "DROP TABLE tallies; CREATE VIEW tallies AS SELECT 1",
-        ):
-            write_bytes(self.other, image)
-            self.script(planted, path=self.other)
-            restore = partial(db.restore, self.other)
-            with self.subTest(planted), self.assert_unchanged():
-                error = self.assert_refused(ForeignFileError, restore, self.other)
+        trigger = "CREATE TRIGGER planted AFTER INSERT ON {0} BEGIN DELETE FROM {0}; END"
+        # bytes are the whole file; text is what another program executes on a sound one
+        cases: tuple[tuple[str, type[OperatorDbError], bytes | str], ...] = (
+            ("damaged", DamagedError, "UPDATE tasks SET crc = crc + 1"),
+            ("cut short", DamagedError, sound[:-5000]),
+            ("newer", NewerSchemaError, "PRAGMA user_version = 99"),
+            ("another's", ForeignFileError, "PRAGMA application_id = 7"),
+            ("no database", ForeignFileError, b"some text " * 99),
+            ("a trigger", ForeignFileError, trigger.format("tallies")),
+            ("a trigger where we have no table", ForeignFileError, trigger.format("wallets")),
+            ("an index", ForeignFileError, "CREATE INDEX planted ON tallies(key)"),
+            ("other columns", ForeignFileError, "DROP TABLE tallies; CREATE TABLE tallies(key)"),
+            ("a view", ForeignFileError, "DROP TABLE tallies; CREATE VIEW tallies AS SELECT 1"),
+        )
+        for label, expected, crafted in cases:
+            write_bytes(self.other, crafted if isinstance(crafted, bytes) else sound)
+            if isinstance(crafted, str):
+                self.script(crafted, path=self.other)
+            with self.subTest(label), self.assert_unchanged():
+                error = self.assert_refused(expected, partial(db.restore, self.other), self.other)
                 self.assertNotIn(".new", str(error))  # the name of a temporary copy
-                tallies.put(Tally(name="one", count=1))
-        self.assertEqual((tallies.count(), db.check()), (1, []))
+                tallies.put(Tally(name="one", count=1))  # as it is: no lock is held
+        missing = self.beside("missing.db")
+        self.assert_refused(StorageError, partial(db.restore, missing), missing)
+        self.assert_refused(ForeignFileError, partial(db.restore, self.folder), self.folder)
 
     def test_what_was_checked_is_what_is_restored(self) -> None:
         """However the backup changes meanwhile: a copy of it is checked, and restored."""
-        worsen, mend = (
-            partial(self.sql, f"UPDATE tallies SET crc = crc {sign} 1", path=self.other)
-            for sign in "+-"  # of a record that is checked late
-        )
-        db, image = self.open(), read_bytes(self.other)
-        for label, part in (("as the check begins", 0.0), ("as the check ends", 1.0)):
-            progress = at_progress(part, worsen)
-            with self.subTest(f"damaged {label}"):
-                store_tasks(db, "not in the backup")
-                db.restore(self.other, progress=progress)
-                with self.assertRaises(DamagedError):
-                    content_of(self.other)
-                self.assertEqual((exported(db), db.check()), (self.new, []))
-            write_bytes(self.other, image)
+        change = "UPDATE tallies SET crc = crc {} 1"  # of a record that is checked late
+        worsen, mend = (partial(self.sql, change.format(sign), path=self.other) for sign in "+-")
+        db = self.open()
+        for part in (0.0, 1.0):
+            db.restore(self.other, progress=at_progress(part, worsen))
+            self.assertRaises(DamagedError, content_of, self.other)
+            self.assertEqual((exported(db), db.check()), (self.new, []))
+            store_tasks(db, "not in the backup")
+            mend()
         worsen()
         with self.assert_unchanged():
             restore = partial(db.restore, self.other, progress=at_progress(0.0, mend))
             self.assert_refused(DamagedError, restore, "tallies:one", self.other)
         self.assertEqual(content_of(self.other), self.new)
 
-    def test_a_restore_that_is_interrupted_or_killed_leaves_the_old_and_no_lock(self) -> None:
-        self.fill_large(self.other)
-        calls: list[tuple[int, int]] = []
-        with OperatorDb(self.beside("elsewhere.db")) as elsewhere:
-            elsewhere.restore(self.other, progress=lambda *so_far: calls.append(so_far))
-        db = self.open()
-
-        def after(number: int, action: Callable[[], object]) -> Callable[[int, int], None]:
-            left = iter(range(number))
-            return lambda *_: None if next(left, None) is not None else action()
-
-        def interrupt() -> None:
-            raise KeyboardInterrupt
-
-        def restore_and_wait(number: int, say: Say) -> None:
-            def wait() -> None:
-                say("so far")
-                signal.pause()
-
-            db.restore(self.other, progress=after(number, wait))
-
-        # the first look at what is restored, a later one, and two steps in the midst of copying it
-        for number in (0, len(calls) // 2, len(calls) - 3, len(calls) - 2):
-            with self.subTest(number=number, of=len(calls)):
-                with self.assert_unchanged(), self.assertRaises(KeyboardInterrupt):
-                    db.restore(self.other, progress=after(number, interrupt))
-                store_tasks(db, "t0", claimed_at=0)  # as it is: no lock is held
-                child = Child(partial(restore_and_wait, number))
-                child.line()
-                child.kill()
-                self.assertTrue(content_of(self.path) == self.old)
-
-    def test_a_restore_is_all_or_nothing_whatever_happens(self) -> None:
-        backup = self.path + ".backup"  # an error names the one or the other, and so self.path
-        os.rename(self.other, backup)
-        outcomes = self.assert_all_or_nothing(lambda db: db.restore(backup), tries=6)
-        self.assertGreater(outcomes["full disk: before"], 1)
-
     def test_a_restore_waits_for_another_process_until_its_timeout(self) -> None:
         child = holding_the_lock(self.path)
         with OperatorDb(self.path, timeout=0.05) as db:
             self.assert_refused(BusyError, lambda: db.restore(self.other))
-        os.kill(child.pid, signal.SIGUSR1)
-        child.result()
-        self.assertEqual(len(content_of(self.path)), len(self.old) + 1)
+        child.kill()
+        self.assertEqual(content_of(self.path), self.old)
 
     def test_neither_restore_nor_compact_is_done_on_a_file_that_was_removed(self) -> None:
         for label in ("restore", "compact"):
@@ -6380,423 +4718,285 @@ class CompactingGivesSpaceBack(TransferTest):
         self.assert_sound()
 
     def test_compacting_loses_nothing_whatever_happens(self) -> None:
-        self.fill_large(self.path, tasks=8)
-
         def delete_and_compact(db: OperatorDb) -> None:
             db.delete_task("large0")
             db.compact()
 
-        self.assert_all_or_nothing(delete_and_compact, "kill", "interrupt", tries=6)
-
-    def test_compacting_without_room_is_refused_and_changes_nothing(self) -> None:
         self.fill_large(self.path, tasks=8)
-        before = content_of(self.path)
-
-        def without_room() -> None:
-            db = self.open()
-            with file_size_limit(os.stat(self.path).st_size // 2):
-                self.assert_refused(StorageError, db.compact, self.path)
-            store_tasks(db, "~ room again")
-
-        in_child(without_room)
-        found = content_of(self.path)
-        self.assertEqual(len(found), len(before) + 1)
-        self.assertEqual(set(before) - set(found), set())
-        self.assert_sound()
+        outcomes = self.assert_all_or_nothing(delete_and_compact, tries=6)
+        self.assertGreater(outcomes["full disk: after"], 1)
 
 
 class TransfersSpareOtherFiles(TransferTest):
     def test_the_files_of_a_database_that_is_open_here_are_refused(self) -> None:
         """To open and close one as a plain file would drop the locks that SQLite holds on it."""
-        db, other = self.open(), self.open(self.other)
-        store_tasks(db, "in the log")
-        link, hard = self.path + ".link", self.path + ".hard"
-        os.symlink(self.path, link)
-        os.link(self.path, hard)
-        roundabout = os.path.join(self.folder, "..", os.path.basename(self.folder), "operator.db")
-        files = (self.path, self.path + "-wal", self.path + "-shm")
 
         def identities() -> list[tuple[int, int]]:
             return [(found.st_ino, found.st_size) for found in map(os.stat, files)]
 
+        db, other = self.open(), self.open(self.other)
+        store_tasks(db, "in the log")
+        files = [self.path + ending for ending in ("", "-wal", "-shm")]
+        os.symlink(self.path, self.path + ".link")
+        os.link(self.path, self.path + ".hard")
+        roundabout = os.path.join(self.folder, "..", os.path.basename(self.folder), "operator.db")
         before = identities()
-        for path in (*files, link, hard, roundabout):
-            for label, verb in (
-                ("export", db.export),
-                ("export of another", other.export),
-                ("import", db.import_),
-                ("import into another", other.import_),
-                ("backup", partial(db.backup, overwrite=True)),
-                ("backup of another", partial(other.backup, overwrite=True)),
-                ("metrics", db.write_metrics),
-                ("metrics of another", other.write_metrics),
-                ("restore", db.restore),  # into another one is allowed: it goes through SQLite
+        for path in (*files, self.path + ".link", self.path + ".hard", roundabout):
+            for verb in (
+                db.restore,  # into another one is allowed: it goes through SQLite
+                *(db.export, db.import_, db.write_metrics, partial(db.backup, overwrite=True)),
+                *(other.export, other.import_, other.write_metrics),
+                partial(other.backup, overwrite=True),
             ):
-                with self.subTest(label, path=path):
+                with self.subTest(verb=verb, path=path):
                     self.assertRaises(OperatorDbError, verb, path)
                     self.assertEqual(identities(), before)
         self.assertIsNotNone(db.get_task("in the log"))
-        try_to_lock = """if True:
-            import fcntl
-            for path in sys.argv[1:]:
-                with open(path, "r+b") as file:
-                    try:
-                        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        print("locked")
-            """
-        tried = run_program(try_to_lock, self.path, self.path + "-shm")
-        self.assertEqual(tried.stdout.split(), ["locked", "locked"])
-
-    def test_a_database_that_another_process_has_open_is_not_replaced(self) -> None:
-        db = self.open()
-        write_bytes(self.other + "-wal", b"somebody's")
-        for there in (False, True):
-            if there:
-                write_bytes(self.other, b"somebody's")
-            for verb in (db.export, db.write_metrics, partial(db.backup, overwrite=True)):
-                with self.subTest(verb=verb, there=there), self.assert_unchanged():
-                    write = partial(verb, self.other)
-                    self.assert_refused(StorageError, write, self.other + "-wal")
-        self.assertEqual(read_bytes(self.other), b"somebody's")
+        try_to_lock = (
+            "import fcntl; fcntl.lockf(open(sys.argv[1], 'r+b'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        )
+        for path in (self.path, self.path + "-shm"):
+            self.assertIn("BlockingIOError", run_program(try_to_lock, path).stderr)
 
     def test_a_database_that_was_closed_here_is_a_file_like_any_other(self) -> None:
-        db, out = self.open(), BytesIO()
-        db.export(out)
-        for label, verb in (
-            ("export", db.export),
-            ("backup", partial(db.backup, overwrite=True)),
-            ("metrics", db.write_metrics),
-            ("restore", db.restore),
-            ("import", db.import_),  # into what was restored
-        ):
-            with self.subTest(label):
-                with OperatorDb(self.beside(label), durable=False) as closed:
-                    store_tasks(closed, "old")
-                if label == "import":
-                    write_bytes(closed.path, out.getvalue())  # in the same inode
-                verb(closed.path)
-        self.assertEqual(len(task_ids(db)), 11)
-
-    def test_none_never_means_the_default_path(self) -> None:
-        defaults = named, _ = self.beside("named.db"), self.beside(".agenc/operator.db")
-        os.mkdir(self.beside(".agenc"))
         db = self.open()
-        db.export(self.file)
-        db.backup(self.other)
-        verbs = (db.export, db.import_, partial(db.backup, overwrite=True), db.restore)
-        for source, environment in itertools.product((None, self.file, self.other), ("", named)):
-            os.environ["AGENC_DB_PATH"] = environment
-            content = read_bytes(source) if source else None
-            for path in defaults if source else ():
-                write_bytes(path, content)
-            for verb in (*verbs, db.write_metrics):
-                case = {"verb": verb, "source": source, "environment": environment}
-                with self.subTest(**case), self.assert_unchanged():
-                    self.assertRaises(OperatorDbError, verb, None)
-            found = [read_bytes(path) if os.path.exists(path) else None for path in defaults]
-            self.assertEqual(found, [content, content])
+        overwrite = partial(db.backup, overwrite=True)
+        for number, verb in enumerate((db.export, overwrite, db.write_metrics, db.restore)):
+            with self.subTest(verb=verb):
+                closed = OperatorDb(self.beside(f"{number}.db"))
+                closed.close()
+                verb(closed.path)
+        self.assertEqual(task_ids(db), [], "an empty one was restored")
 
-    def test_an_error_of_a_progress_function_is_passed_on_as_it_is(self) -> None:
-        db, other, out = self.open(), self.open(self.other), BytesIO()
+    def transfers(self) -> Iterator[tuple[OperatorDb, Callable[..., object], float]]:
+        """Yield transfers that write much, and the last part of their progress that can be lost."""
+        self.fill_large(self.path, tasks=40)
+        db, old, backup = self.open(), self.beside("old"), self.beside("backup.db")
+        write_bytes(old, b"old")
+        db.export(self.file, include_secrets=True)
+        db.backup(backup)
+        db.delete_task("large0")
+        ((pages,),) = self.sql("PRAGMA page_count", path=backup)
+
+        def restore_pages(progress: Callable[[int, int], None]) -> None:
+            """Restore, and report no progress but of the pages, which are copied last."""
+            db.restore(backup, progress=lambda done, of: of == pages and progress(done, of))
+
+        yield db, partial(db.export, old), 1.0
+        yield db, partial(db.backup, old, overwrite=True), 1.0
+        yield db, partial(db.backup, self.other), 1.0
+        yield db, partial(db.import_, self.file), 1.0
+        yield db, partial(db.restore, backup), 1.0
+        yield db, restore_pages, 0.5
+        self.assertEqual((read_bytes(old), os.path.exists(self.other)), (b"old", False))
+
+    def test_a_transfer_that_is_interrupted_or_killed_leaves_everything_as_it_was(self) -> None:
+        for _, verb, last in self.transfers():
+            for part in (0.01, last):
+                with self.subTest(verb=verb, part=part):
+                    before = content_of(self.path)
+                    with self.assert_unchanged(), self.assertRaises(KeyboardInterrupt):
+                        verb(progress=interrupt_when(part))
+                    paused_at(verb, part).kill()  # it would wait for a lock that is still held
+                    self.assertTrue(content_of(self.path) == before)
+
+    def test_a_transfer_without_room_leaves_everything_as_it_was(self) -> None:
+        def work(db: OperatorDb, verb: Callable[..., object]) -> None:
+            with ExitStack() as stack:
+                limit = partial(stack.enter_context, file_size_limit(100_000))
+                run = partial(verb, progress=at_progress(0.01, limit))
+                self.assert_refused(StorageError, run, self.folder)
+            store_tasks(db, "room again")
+            db.delete_task("room again")
+
+        for db, verb, _ in self.transfers():
+            with self.subTest(verb=verb), self.assert_unchanged():
+                in_child(partial(work, db, verb))
+
+    def test_progress_rises_to_its_total_and_an_error_of_its_function_is_passed_on(self) -> None:
+        def report(part: float, done: int, total: int) -> None:
+            calls.append((done, total))
+            if not part or (total and done >= total * part):
+                raise error
+
+        error, calls = TimeoutError("mine"), list[tuple[int, int]]()
+        db, other, backup = self.open(), self.open(self.other), self.beside("backup.db")
         db.export(self.file)
-        db.backup(self.beside("backup.db"))
-        verbs = (
+        db.backup(backup)
+        for verb in (
             partial(db.export, self.beside("new")),
-            partial(db.export, out),
-            partial(db.backup, self.beside("new")),
+            partial(db.backup, self.beside("new.db")),
             partial(other.import_, self.file),
-            partial(other.restore, self.beside("backup.db")),
-        )
-        errors = (TimeoutError("mine"), BlockingIOError("mine"))
-        for verb, error, late in itertools.product(verbs, errors, (False, True)):
+            partial(other.restore, backup),
+        ):
+            for part in (0.0, 1.0):
+                with self.subTest(verb=verb, part=part), self.assert_unchanged(self.other):
+                    with self.assertRaises(OSError) as caught:
+                        verb(progress=partial(report, part))
+                    self.assertIs(caught.exception, error)
+            calls.clear()
+            verb(progress=partial(report, 2.0))
+            totals = {total for _, total in calls if total}  # of pages and of records
+            for total in totals:
+                done = [done for done, of in calls if of == total]
+                with self.subTest(verb=verb, total=total):
+                    self.assertEqual((done, done[-1]), (sorted(done), total))
+            self.assertTrue(totals)
 
-            def progress(done: int, total: int, late: bool = late, error: OSError = error) -> None:
-                if not late or (total and done >= total):
-                    raise error
-
-            with self.subTest(verb=verb, error=error, late=late), self.assert_unchanged(self.other):
-                with self.assertRaises(OSError) as caught:
-                    verb(progress=progress)
-                self.assertIs(caught.exception, error)
-        self.assertEqual(out.getvalue(), b"")
-
-    def test_a_child_that_a_progress_function_forks_does_no_harm(self) -> None:
-        """It ends there, and removes none of the files that its parent makes."""
-        parent, content = os.getpid(), content_of(self.path)
-
+    def test_a_child_that_a_progress_function_forks_removes_no_file_of_its_parent(self) -> None:
         def fork_and_wait() -> None:
             if not (child := os.fork()):
                 raise SystemExit
             os.waitpid(child, 0)
 
-        for verb, part in itertools.product(("export", "backup"), (0.0, 1.0)):
-            target = f"{self.file}-{verb}-{part}"
+        parent, db = os.getpid(), self.open()
+        for verb, part in itertools.product((db.export, db.backup), (0.0, 1.0)):
+            target = f"{self.other}-{verb.__name__}-{part}"
             try:
-                with OperatorDb(self.path) as db:
-                    options = {"include_secrets": True} if verb == "export" else {}
-                    progress = at_progress(part, fork_and_wait)
-                    getattr(db, verb)(target, progress=progress, **options)
+                verb(target, progress=at_progress(part, fork_and_wait))
             finally:
                 if os.getpid() != parent:
                     os._exit(0)
             with self.subTest(verb=verb, part=part):
-                if verb == "backup":
-                    self.assertEqual(content_of(target), content)
-                else:
-                    self.assertEqual(set(content) - set(read_bytes(target).splitlines()), set())
+                lines = content_of(target) if verb == db.backup else read_bytes(target).splitlines()
+                wanted = exported(db, include_secrets=verb == db.backup)
+                self.assertLessEqual(set(wanted), set(lines))
         self.assertEqual(len(self.names()), 5)
 
 
-Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
-
-
-def parse_prometheus(text: str) -> Samples:
-    """Parse Prometheus's text format, more strictly than Prometheus does.
-
-    Returns the values by the sample's name and labels, without `database`, which each has to have.
-    """
-    label = r'[a-z_]+="(?:[^"\\\n]|\\["\\n])*"'
-    kinds: dict[str, str] = {}
-    found: Samples = {}
-    assert text.startswith("# HELP ") and text.endswith("\n")
-    for family in re.split(r"^# HELP ", text, flags=re.MULTILINE)[1:]:
-        pattern = r"([a-z_]+) \S.*\n# TYPE \1 (counter|gauge|histogram)\n((?:.+\n)*)"
-        match = re.fullmatch(pattern, family)
-        assert match and match[1] not in kinds, family
-        name, kinds[match[1]], lines = match.groups()
-        assert name.endswith("_total") == (kinds[name] == "counter"), family
-        suffixes = ("_bucket", "_sum", "_count") if kinds[name] == "histogram" else ("",)
-        for line in lines.split("\n")[:-1]:
-            match = re.fullmatch(rf"([a-z_]+)\{{({label}(?:,{label})*)\}} (\S+)", line)
-            assert match and match[1].removeprefix(name) in suffixes, line
-            (first, _), *labels = re.findall(r'([a-z_]+)="((?:[^"\\]|\\.)*)"', match[2])
-            values = found.setdefault(match[1], {})
-            assert first == "database" and tuple(labels) not in values, line
-            values[tuple(labels)] = float(match[3])
-            assert 0 <= float(match[3]) < float("inf"), line
-        if kinds[name] == "histogram":
-            check_histogram(*(found[name + suffix] for suffix in suffixes))
-    return found
-
-
-def check_histogram(buckets: Any, sums: Any, counts: Any) -> None:
-    """Fail unless the buckets of each set of labels are cumulative, up to the count of all."""
-    series: dict[Any, list[tuple[float, float]]] = {}
-    for (*labels, (last, bound)), count in buckets.items():
-        assert last == "le"
-        series.setdefault(tuple(labels), []).append((float(bound), count))
-    for labels, steps in series.items():
-        assert steps == sorted(steps), labels
-        assert [count for _, count in steps] == sorted(count for _, count in steps), labels
-        assert steps[-1] == (float("inf"), counts[labels]), labels
-    assert series.keys() == sums.keys() == counts.keys()
-
-
 class MetricsCountEveryCall(DatabaseTest):
-    def test_every_call_of_sixteen_threads_is_counted_and_its_error_by_name(self) -> None:
-        def work(worker: int) -> None:
-            for n in range(6):
-                store_tasks(db, f"{worker}:{n}")
-                for _ in range(4):
-                    db.get_task("t1")
-                with suppress(NotFoundError):
-                    db.update_task_status("nobody", "completed")
-                with suppress(ConflictError):
-                    db.store_proof(proof("t1", b"different"))
-                with suppress(InvalidRecordError):
-                    tallies.put(None)  # type: ignore[arg-type]
-                tallies.get("one")
-
+    def setUp(self) -> None:
+        super().setUp()
         fill(self.path, tasks=10)
-        db = self.open()
-        tallies = tallies_of(db)
+
+    def test_every_call_of_sixteen_threads_of_this_process_is_counted_and_its_error_by_name(
+        self,
+    ) -> None:
+        db, tallies, other = self.db, tallies_of(self.db), proof("t1", b"different")
+        calls: tuple[tuple[str, Callable[[], object], str], ...] = (
+            ("store_task", lambda: store_tasks(db, "new"), ""),
+            ("get_task", lambda: db.get_task("t1"), ""),
+            ("update_task_status", lambda: db.update_task_status("?", "resolved"), "NotFoundError"),
+            ("store_proof", lambda: db.store_proof(other), "ConflictError"),
+            ("tallies.put", lambda: tallies.put(other), "InvalidRecordError"),
+            ("tallies.get", lambda: tallies.get("one"), ""),
+        )
+
+        def work() -> None:
+            for _, call, _ in calls * 6:
+                with suppress(OperatorDbError):
+                    call()
+
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(1e-6)
         began = time.perf_counter()
-        run_in_threads(*(partial(work, worker) for worker in range(16)))
+        run_in_threads(*[work] * 16)
         elapsed = time.perf_counter() - began
         operations = db.stats().operations
-        each = 16 * 6
-        expected: dict[str, tuple[int, dict[str, int]]] = {
-            "store_task": (each, {}),
-            "get_task": (4 * each, {}),
-            "update_task_status": (each, {"NotFoundError": each}),
-            "store_proof": (each, {"ConflictError": each}),
-            "tallies.put": (each, {"InvalidRecordError": each}),
-            "tallies.get": (each, {}),
-        }
-        self.assertEqual(operations.keys() - {"stats"}, expected.keys())
-        for name, (count, errors) in expected.items():
-            with self.subTest(name=name):
-                found = operations[name]
-                self.assertEqual((found.count, found.errors), (count, errors))
-                self.assertEqual(sum(found.buckets), count)
-                self.assertTrue(0 < found.seconds < elapsed * 16)
+        counted = {name: (each.count, each.errors) for name, each in operations.items()}
+        wanted = {name: (96, {error: 96} if error else {}) for name, _, error in calls}
+        self.assertEqual({**counted, "stats": None}, {**wanted, "stats": None})
+        for latency in operations.values():
+            self.assertTrue(0 < latency.seconds < elapsed * 16)
+        self.assertEqual(in_child(lambda: db.stats().operations), {})
 
-    def test_a_latency_is_counted_in_its_bucket_and_added_to_the_sum(self) -> None:
-        latency = operator_db.Latency()
-        bounds = latency.bounds
-        for times, bound in enumerate(bounds, 1):
-            for _ in range(times):
-                latency.add(bound)
-        latency.add(0.0)
-        latency.add(bounds[-1] * 2)
-        times_each = list(range(1, len(bounds) + 1))
-        self.assertEqual(latency.buckets, [times_each[0] + 1, *times_each[1:], 1])
-        self.assertEqual(latency.count, sum(times_each) + 2)
-        total = sum(times * bound for times, bound in enumerate(bounds, 1))
-        self.assertAlmostEqual(latency.seconds, total + bounds[-1] * 2)
+    def test_a_latency_is_counted_in_its_bucket_in_fixed_memory(self) -> None:
+        latency, bounds = operator_db.Latency(), operator_db.Latency.bounds
         self.assertEqual(bounds, tuple(sorted(bounds)))
         self.assertTrue(bounds[0] <= 1e-4 and bounds[-1] >= 1)
-
-    def test_a_latency_counts_the_calls_of_several_threads(self) -> None:
-        def work() -> None:
-            for _ in range(20_000):
-                latency.add(0.1)
-
-        latency = operator_db.Latency()
-        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(1e-6)
-        run_in_threads(*[work] * 4)
-        self.assertEqual(latency.count, 80_000)
-        self.assertAlmostEqual(latency.seconds, 8000.0, 3)
-
-    def test_counting_takes_fixed_memory_however_many_calls_there_were(self) -> None:
-        db = self.open()
-        for calls in (100, 3000):
-            before = sys.getallocatedblocks()
-            for _ in range(calls):
-                db.get_task("t1")
-            kept = sys.getallocatedblocks() - before
-        self.assertLess(kept, 1000)
-
-    def test_counting_begins_anew_in_a_forked_child(self) -> None:
-        db = self.open()
-        tallies_of(db).put(Tally(name="one"))
-        store_tasks(db, "t")
-        self.assertEqual(in_child(lambda: db.stats().operations), {})
-        self.assertLessEqual({"store_task", "tallies.put"}, db.stats().operations.keys())
+        before = sys.getallocatedblocks()
+        for seconds in (0.0, *bounds, bounds[-1] * 2) * 1000:
+            latency.add(seconds)
+        self.assertLess(sys.getallocatedblocks() - before, 1000)
+        self.assertEqual(latency.buckets, [2000, *[1000] * len(bounds)])
+        self.assertEqual(latency.count, (len(bounds) + 2) * 1000)
+        self.assertAlmostEqual(latency.seconds / 1000, sum(bounds) + bounds[-1] * 2)
 
     def test_statistics_are_true_of_records_files_and_free_space(self) -> None:
-        def pragma(name: str) -> Any:
-            return self.sql(f"PRAGMA {name}")[0][0]
-
-        fill(self.path, tasks=10)
-        db = self.open()
-        stats = db.stats()
-        entries = [len(s.transcript) + len(s.command_history) for s in db.list_sessions()]
-        records = {"tasks": 10, "sessions": 3, "session_log": sum(entries), "proofs": 5}
+        connections = self.watch_connections()
+        stats = self.db.stats()
+        entries = sum(
+            len(each.transcript) + len(each.command_history) for each in self.db.list_sessions()
+        )
+        records = {"tasks": 10, "sessions": 3, "session_log": entries, "proofs": 5}
         self.assertEqual(stats.records, {**records, "config": 1, "tallies": 1})
-        self.assertEqual(stats.tasks, db.count_tasks())
-        self.assertEqual(set(stats.tasks.values()), {2})
-        self.assertEqual(stats.unsubmitted_proofs, len(db.list_proofs(submitted=False)))
-        self.assertEqual(stats.path, self.path)
-        self.assertEqual(stats.schema_version, pragma("user_version"))
+        self.assertEqual((stats.tasks, stats.unsubmitted_proofs), (self.db.count_tasks(), 2))
         for name, suffix in (("database", ""), ("wal", "-wal"), ("shm", "-shm")):
             self.assertEqual(stats.files[name], os.stat(self.path + suffix).st_size)
         self.assertEqual(stats.bytes.keys(), stats.records.keys())
         self.assertTrue(all(size >= 8192 for size in stats.bytes.values()), stats.bytes)
         self.assertLessEqual(sum(stats.bytes.values()) + stats.free, stats.files["database"])
-        store_tasks(db, "large", payload=bytes(2_000_000))
-        db.delete_task("large")
-        free = db.stats().free
-        self.assertEqual(free, pragma("freelist_count") * pragma("page_size"))
-        self.assertGreater(free, 10**6)
+        store_tasks(self.db, "large", payload=bytes(2_000_000))
+        self.db.delete_task("large")
+        pragmas = ("user_version", "freelist_count", "page_size")
+        version, free, size = (self.sql(f"PRAGMA {name}")[0][0] for name in pragmas)
+        self.assertEqual((stats.path, stats.schema_version), (self.path, version))
+        self.assertEqual(self.db.stats().free, free * size)
+        self.assertGreater(free * size, 10**6)
 
-    def test_statistics_have_no_sizes_by_namespace_where_sqlite_cannot_tell_them(self) -> None:
         def refuse_dbstat(action: int, table: str | None, *_: object) -> int:
             return sqlite3.SQLITE_DENY if table == "dbstat" else sqlite3.SQLITE_OK
 
-        connections = self.watch_connections()
-        db = self.open()
-        self.assertIn("operator_db_namespace_bytes", parse_prometheus(db.prometheus()))
         for connection in connections:
             with suppress(sqlite3.ProgrammingError, ClosedError):  # it is closed by now
                 connection.set_authorizer(refuse_dbstat)
-        stats, text = db.stats(), db.prometheus()
-        self.assertEqual(stats.bytes, {})
-        self.assertEqual(stats.records["tasks"], 0)
-        self.assertNotIn("operator_db_namespace_bytes", parse_prometheus(text))
+        stats = self.db.stats()  # as where SQLite cannot tell sizes by namespace
+        self.assertEqual((stats.bytes, stats.records["tasks"]), ({}, 10))
+        self.assertNotIn("operator_db_namespace_bytes{", self.db.prometheus())
 
-    def test_the_prometheus_text_has_what_stats_returns(self) -> None:
-        fill(self.path, tasks=10)
-        db = self.open()
+    def test_the_prometheus_text_has_what_stats_returns_and_names_the_database(self) -> None:
+        def sample(name: str, value: float, **labels: object) -> str:
+            names = {"database": self.beside(r"a \"b\"\\\n.db"), **labels}
+            text = ",".join(f'{label}="{each}"' for label, each in names.items())
+            return f"operator_db_{name}{{{text}}} {value}"
+
+        db = self.open(self.beside('a "b"\\\n.db'))
         store_tasks(db, "t")
         devices_of(db).put(PairedDevice(device_id="d"))
         with suppress(NotFoundError):
             db.update_task_status("nobody", "completed")
-        found, stats = parse_prometheus(db.prometheus()), db.stats()
-        labelled: dict[str, tuple[str, dict[Any, int]]] = {
-            "records": ("namespace", stats.records),
-            "namespace_bytes": ("namespace", stats.bytes),
-            "tasks": ("status", stats.tasks),
-            "file_bytes": ("file", stats.files),
-        }
-        for name, (label, values) in labelled.items():
-            samples = {((label, str(key)),): value for key, value in values.items()}
-            self.assertEqual(found[f"operator_db_{name}"], samples)
-        self.assertEqual(found["operator_db_unsubmitted_proofs"], {(): stats.unsubmitted_proofs})
-        self.assertEqual(found["operator_db_free_bytes"], {(): stats.free})
-        counts = found["operator_db_operation_duration_seconds_count"]
-        counted = {labels[0][1]: count for labels, count in counts.items() if count}
-        self.assertEqual(counted, {"store_task": 1, "devices.put": 1, "update_task_status": 1})
-        failed = (("operation", "update_task_status"), ("error", "NotFoundError"))
-        self.assertEqual(found["operator_db_operation_errors_total"], {failed: 1})
-        self.assertTrue(all(name.startswith("operator_db_") for name in found))
+        text, stats = db.prometheus(), db.stats()
+        failed = {"operation": "update_task_status", "error": "NotFoundError"}
+        wanted = [
+            sample("unsubmitted_proofs", stats.unsubmitted_proofs),
+            sample("free_bytes", stats.free),
+            sample("operation_errors_total", 1, **failed),
+            *(sample("tasks", count, status=name) for name, count in stats.tasks.items()),
+            *(sample("file_bytes", size, file=name) for name, size in stats.files.items()),
+        ]
+        for name in stats.records:
+            wanted.append(sample("records", stats.records[name], namespace=name))
+            wanted.append(sample("namespace_bytes", stats.bytes[name], namespace=name))
+        for name in ("store_task", "devices.put", "update_task_status"):
+            latency, duration = stats.operations[name], "operation_duration_seconds"
+            wanted.append(sample(f"{duration}_sum", latency.seconds, operation=name))
+            wanted.append(sample(f"{duration}_count", 1, operation=name))
+            counts = itertools.accumulate(latency.buckets)
+            for bound, count in zip((*latency.bounds, "+Inf"), counts, strict=True):
+                wanted.append(sample(f"{duration}_bucket", count, operation=name, le=bound))
+        samples = [line for line in text.splitlines() if line[0] != "#" and "_info{" not in line]
+        self.assertEqual(sorted(samples), sorted(wanted))
+        head = r"# HELP (\w+) \S.*\n# TYPE \2 (counter|gauge|histogram)\n"
+        self.assertRegex(text, rf"\A({head}(\2\w*\{{.+\}} \S+\n)*)+\Z")
 
-    def test_the_prometheus_text_names_the_database_whatever_its_path_holds(self) -> None:
-        db = self.open(self.beside('a "b"\\\n.db'))
-        text = db.prometheus()
-        parse_prometheus(text)
-        self.assertIn(r'a \"b\"\\\n.db"', text)
-
-    def test_a_metrics_file_is_replaced_as_a_whole_and_others_can_read_it(self) -> None:
-        db = self.open()
+    def test_a_metrics_file_is_replaced_as_a_whole(self) -> None:
         target = self.beside("operator_db.prom")
-        for umask in (0o000, 0o022, 0o077):
-            self.addCleanup(os.umask, os.umask(umask))  # which returns the one before
-            db.write_metrics(target)
-            with open(target, encoding="utf-8") as file:
-                self.assertEqual(stat.S_IMODE(os.stat(target).st_mode), 0o644)
-                db.write_metrics(Path(target))
-                self.assertNotEqual(os.stat(target).st_ino, os.fstat(file.fileno()).st_ino)
-                parse_prometheus(file.read())  # who reads meanwhile goes on with the old one, whole
-        self.assertEqual(self.names(), {"operator.db", "operator_db.prom"})
-
-    def test_a_metrics_file_stays_as_it_was_when_the_disk_is_full(self) -> None:
-        def without_room() -> None:
-            db.stats()
-            with file_size_limit(100):
-                self.assert_refused(StorageError, lambda: db.write_metrics(target), target)
-
-        db = self.open()
-        target = self.beside("operator_db.prom")
-        db.write_metrics(target)
-        before = read_bytes(target)
-        in_child(without_room)
-        self.assertEqual(read_bytes(target), before)
+        self.db.write_metrics(target)
+        with open(target, encoding="utf-8") as old:  # who reads meanwhile goes on with it
+            self.db.write_metrics(Path(target))
+            self.assertNotEqual(os.stat(target).st_ino, os.fstat(old.fileno()).st_ino)
+            for text in (old.read(), read_bytes(target).decode()):
+                self.assertRegex(text, r"(?s)\A# HELP .*\noperator_db_tasks\{.*\n\Z")
         self.assertEqual(self.names(), {"operator.db", "operator_db.prom"})
 
 
 # What takes over a terminal, moves its cursor, reverses its text or is invisible; then what is wide
 STEERING = "\x1b]0;owned\x07\r\n\t\x9b31m\u202e\u200b é漢字\U0001f600"
+OLD, WIDE = "é字\U0001f600", "漢字" * 12  # ids of tasks
 INSPECTIONS = (
-    "stats",
-    "stats --prometheus",
-    "list-tasks",
-    "list-tasks --status completed",
-    "list-proofs",
-    "list-sessions",
-    "get tasks:t1",
-    "get sessions:voice",
-    "get config:operator",
-    "get tallies:one",
-    "keys tasks",
-    "check",
-    "export",
-    "prune --dry-run",
-    "dispute t1",
+    "stats, stats --prometheus, list-tasks, list-proofs, list-sessions, get tasks:t1, "
+    "get sessions:voice, get config:operator, get tallies:one, keys tasks, check, export, "
+    "prune --dry-run, dispute t1"
 )
 
 
@@ -6813,11 +5013,6 @@ def on_screen(text: str) -> list[str]:
     return columns
 
 
-def steering_characters(text: str) -> list[str]:
-    """Return the characters of a printed text that do more than stand there."""
-    return [character for character in text if not character.isprintable() and character != "\n"]
-
-
 class CommandLineTest(DatabaseTest):
     """A database with some of everything, and commands that run in this process or as a program."""
 
@@ -6829,25 +5024,26 @@ class CommandLineTest(DatabaseTest):
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
         fill(self.path, tasks=10)
-        now, chinese = int(time.time()), "漢字"
+        now = int(time.time())
         with OperatorDb(self.path, durable=False) as db, db.transaction():
-            store_tasks(db, "é字\U0001f600", claimed_at=now - 3 * DAY, description=STEERING)
-            rich = {"claimed_at": now, "reward_lamports": 1_500_000_000}
-            store_tasks(db, chinese * 12, description=f"{chinese} é " * 30, **rich)
+            store_tasks(db, OLD, claimed_at=now - 3 * DAY, description=STEERING)
+            store_tasks(db, WIDE, description="漢字 é " * 30, reward_lamports=1_500_000_000)
             store_tasks(db, "odd", claimed_at=2**63 - 1, reward_skr_tokens=7)
             store_tasks(db, "ที่นี่", description="combined")
-            db.append_transcript("voice", "user", STEERING + chinese * 50)
+            db.append_transcript("voice", "user", STEERING + "漢字" * 50)
             db.store_config(OperatorConfig(keypairs={"main": SECRET}, rpc_endpoints=[SECRET]))
 
     def run_command(
         self, *arguments: str, stdin: bytes = b"", encoding: str = "utf-8"
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a command in this process, with standard streams of an encoding."""
+    ) -> tuple[int, str, str]:
+        """Run a command in this process; return its status, what it printed, and its message.
+
+        Fails when any of that would steer a terminal. The standard streams have this encoding.
+        """
         out, err = BytesIO(), BytesIO()
         streams: dict[str, Any] = {
-            "stdin": TextIOWrapper(BytesIO(stdin), encoding=encoding),
-            "stdout": TextIOWrapper(out, encoding=encoding),
-            "stderr": TextIOWrapper(err, encoding=encoding),
+            name: TextIOWrapper(stream, encoding=encoding)
+            for name, stream in {"stdin": BytesIO(stdin), "stdout": out, "stderr": err}.items()
         }
         with mock.patch.multiple(sys, **streams):
             try:
@@ -6856,28 +5052,28 @@ class CommandLineTest(DatabaseTest):
                 status = int(ended.code or 0)
             sys.stdout.flush()
             sys.stderr.flush()
-        printed = out.getvalue().decode("utf-8" if "export" in arguments else encoding)
-        return subprocess.CompletedProcess(
-            arguments, status, printed, err.getvalue().decode(encoding)
-        )
+        printed, message = out.getvalue().decode(), err.getvalue().decode()
+        if "export" not in arguments:  # which is for programs, and in UTF-8
+            self.assertTrue((printed + message).replace("\n", "").isprintable(), arguments)
+        return status, printed, message
 
     def printed(self, *arguments: str, status: int = 0, **options: Any) -> str:
         """Return what a command prints; fail unless it ends with this status, and no message."""
-        done = self.run_command(*arguments, **options)
-        self.assertEqual((done.returncode, done.stderr), (status, ""), arguments)
-        return done.stdout
+        found, printed, message = self.run_command(*arguments, **options)
+        self.assertEqual((found, message), (status, ""), arguments)
+        return printed
 
     def facts(self, *arguments: str, status: int = 0, **options: Any) -> Any:
         """Return what a command prints with `--json`."""
         return json.loads(self.printed(*arguments, "--json", status=status, **options))
 
-    def failure(self, *arguments: str, **options: Any) -> str:
-        """Return the one line that a command prints when it fails, as it must."""
-        done = self.run_command(*arguments, **options)
-        self.assertEqual((done.returncode, done.stdout), (1, ""), arguments)
-        self.assertRegex(done.stderr, r"\Aoperator_db: .+\n\Z")
-        self.assertEqual(steering_characters(done.stderr), [])
-        return done.stderr
+    def failure(self, *arguments: str, status: int = 1, **options: Any) -> str:
+        """Return the last line of the message with which a command fails, as it must."""
+        found, printed, message = self.run_command(*arguments, **options)
+        self.assertEqual((found, printed), (status, ""), arguments)
+        self.assertTrue(status == 2 or message.count("\n") == 1, message)
+        self.assertRegex(message, r"(?m)^operator_db.*: .+\n\Z")
+        return message.splitlines()[-1]
 
     def in_shell(
         self, line: str, *, python: tuple[str, ...] = ("-m", "operator_db"), **options: Any
@@ -6909,69 +5105,58 @@ class CommandLineTest(DatabaseTest):
 class CommandsDoWhatTheApiDoes(CommandLineTest):
     def test_each_inspection_gives_programs_what_the_api_returns(self) -> None:
         header, *lines = map(json.loads, self.printed("export").splitlines())
-        ids = {"tasks": "task_id", "proofs": "task_id", "sessions": "session_id", "tallies": "name"}
-        exported = {
-            (line["namespace"], line["record"].get(ids.get(line["namespace"]))): line["record"]
-            for line in lines
-        }
-        self.assertEqual(sum(header["records"].values()), len(lines))
-        self.assertEqual(exported["config", None]["keypairs"], "***")
-        db = self.open()
-        stats = {name: value for name, value in vars(db.stats()).items() if name != "operations"}
-        bundle = db.dispute_bundle("t1")
-        digest = bundle["evidence_hash"]
-        age = 40_000  # days, which no record has reached
+        records: dict[str, Any] = {}
+        for line in lines:
+            names = (line["record"].get(name) for name in ("task_id", "session_id", "name"))
+            key = f"{line['namespace']}:{next(filter(None, names), 'operator')}"
+            records[key] = line["record"]
+        self.assertEqual(sum(header["records"].values()), len(records))
+        self.assertEqual(records["config:operator"]["keypairs"], "***")
+
+        def tasks(**options: Any) -> list[Any]:
+            return [records[f"tasks:{task.task_id}"] for task in self.db.list_tasks(**options)]
+
+        def proofs(**options: Any) -> list[Any]:
+            return [records[f"proofs:{log.task_id}"] for log in self.db.list_proofs(**options)]
+
+        sessions = [records[f"sessions:{each.session_id}"] for each in self.db.list_sessions()]
+        bundle, stats = self.db.dispute_bundle("t1"), vars(self.db.stats()).copy()
+        stats.pop("operations")
         write_bytes(self.file, json.dumps(bundle).encode())
-
-        def listed(namespace: str, found: Iterable[Any]) -> list[Any]:
-            return [exported[namespace, record.task_id] for record in found]
-
-        sessions = [exported["sessions", session.session_id] for session in db.list_sessions()]
-        latest = db.list_tasks(limit=3, newest_first=True)
+        digest = bundle["evidence_hash"]
+        by_hash = f"--evidence-hash {digest}"
         wanted: dict[str, Any] = {
             "stats": stats,
-            "list-tasks": listed("tasks", db.list_tasks()),
-            "list-tasks --status InProgress": listed(
-                "tasks", db.list_tasks_by_status("in_progress")
-            ),
-            "list-tasks --limit 3 --newest-first": listed("tasks", latest),
-            "list-proofs": listed("proofs", db.list_proofs()),
-            "list-proofs --limit 2": listed("proofs", db.list_proofs(limit=2)),
-            "list-proofs --unsubmitted": listed("proofs", db.list_proofs(submitted=False)),
+            "list-tasks": tasks(),
+            "list-tasks --status InProgress": tasks(status="in_progress"),
+            "list-tasks --limit 3 --newest-first": tasks(limit=3, newest_first=True),
+            "list-proofs": proofs(),
+            "list-proofs --unsubmitted": proofs(submitted=False),
             "list-sessions": sessions,
             "list-sessions --limit 2": sessions[:2],
-            "get tasks:t1": exported["tasks", "t1"],
-            "get proofs:t1": exported["proofs", "t1"],
-            "get sessions:voice": exported["sessions", "voice"],
-            "get tallies:one": exported["tallies", "one"],
-            "get config:operator": exported["config", None],
-            "keys tasks": [f"tasks:{each}" for each in task_ids(db)],
-            "keys sessions": [f"sessions:{name}" for name in ("s0", "s1", "s2", "voice")],
-            "keys tallies": ["tallies:one"],
-            "prune --dry-run": vars(db.prune(dry_run=True)),
-            f"prune --dry-run --older-than {age}": vars(db.prune(age, dry_run=True)),
-            f"prune --dry-run --session-days {age}": vars(db.prune(30, age, dry_run=True)),
-            "prune --dry-run --proof-days 1": vars(db.prune(proof_days=1, dry_run=True)),
+            "prune --dry-run": vars(self.db.prune(dry_run=True)),
+            "prune --dry-run --older-than 40000": vars(self.db.prune(40_000, dry_run=True)),
+            "prune --dry-run --session-days 40000": vars(self.db.prune(30, 40_000, dry_run=True)),
+            "prune --dry-run --proof-days 1": vars(self.db.prune(proof_days=1, dry_run=True)),
             "check": {"path": self.path, "problems": []},
             "dispute t1": bundle,
             f"verify {self.file}": {"problems": [], "evidence_hash": None},
-            f"verify {self.file} --evidence-hash {digest}": {
-                "problems": [],
-                "evidence_hash": digest,
-            },
+            f"verify {self.file} {by_hash}": {"problems": [], "evidence_hash": digest},
+            **{f"get {key}": record for key, record in records.items()},
         }
+        for name in ("tasks", "proofs", "sessions", "tallies"):
+            wanted[f"keys {name}"] = [key for key in records if key.startswith(f"{name}:")]
         for command, facts in wanted.items():
             with self.subTest(command=command):
                 self.assertEqual(self.facts(*command.split()), json.loads(json.dumps(facts)))
-        here = parse_prometheus(self.printed("stats", "--prometheus"))
-        there = parse_prometheus(db.prometheus())
-        for name in ("tasks", "records", "unsubmitted_proofs"):
-            self.assertEqual(here[f"operator_db_{name}"], there[f"operator_db_{name}"])
+        completed = f'status="completed"}} {stats["tasks"]["completed"]}\n'
+        self.assertIn(completed, self.printed("stats", "--prometheus"))
 
     def test_each_change_is_made_and_its_result_reported(self) -> None:
         before = content_of(self.path)
         self.assertEqual(self.printed("export", "-o", self.file, "--include-secrets"), "")
-        self.assertEqual(read_bytes(self.file).splitlines()[1:], before)
+        export = read_bytes(self.file)
+        self.assertEqual(export.splitlines()[1:], before)
         copied = self.facts("backup", self.other)
         self.assertEqual(copied, {"path": self.other, "bytes": os.stat(self.other).st_size})
         self.assertEqual(self.facts("backup", self.other, "--overwrite"), copied)
@@ -6979,18 +5164,15 @@ class CommandsDoWhatTheApiDoes(CommandLineTest):
         removed = self.facts("prune", *days)
         self.assertEqual([removed[name] for name in ("tasks", "sessions", "proofs")], [2, 3, 1])
         self.assertEqual(self.facts("compact")["bytes"], os.stat(self.path).st_size)
-        self.assertEqual(len(content_of(self.path)), len(before) - 6)
         counts = self.facts("import", self.file)
-        self.assertEqual(counts["sessions"], {"added": 3, "unchanged": 1})
-        self.assertEqual(counts["proofs"], {"added": 1, "unchanged": 4})
+        self.assertEqual(counts["tasks"], {"added": 2, "unchanged": 12})
         self.assertEqual(content_of(self.path), before)
-        counts = self.facts("import", "-", stdin=read_bytes(self.file))
-        self.assertEqual(counts["tasks"], {"unchanged": 14})
+        self.assertEqual(self.facts("import", "-", stdin=export)["tasks"], {"unchanged": 14})
         os.unlink(self.path)
         self.assertEqual(self.facts("restore", self.other)["records"]["tasks"], 14)
         self.assertEqual(content_of(self.path), before)
         self.printed("stats", "--prometheus", "-o", self.file)
-        self.assertIn("operator_db_tasks", parse_prometheus(read_bytes(self.file).decode()))
+        self.assertIn(b"\noperator_db_tasks{", read_bytes(self.file))
         for command in ("prune", "compact", f"restore {self.other}", f"backup {self.file}2"):
             self.assertRegex(self.printed(*command.split()), r"\d")
 
@@ -6999,182 +5181,90 @@ class CommandsDoWhatTheApiDoes(CommandLineTest):
         self.assertRegex(self.printed("import", self.file), r"(?mi)^(?=.*prototype).*proofs")
         self.assertIn("left_behind", self.facts("import", self.file)["proofs"])
 
-    def test_the_path_comes_from_the_option_else_the_environment_else_the_home(self) -> None:
+    def test_the_path_comes_from_the_last_option_else_the_environment(self) -> None:
         wanted = [f"proofs:t{n}" for n in range(1, 10, 2)]
-        for environment in ({}, {"AGENC_DB_PATH": self.other}):
-            os.environ.pop("AGENC_DB_PATH")
-            os.environ |= environment
-            for arguments in (
-                ("--json", "--db-path", self.path, "keys", "proofs"),
-                ("--db-path", self.path, "keys", "--json", "proofs"),
-                ("--db-path", self.other, "keys", "proofs", "--json", f"--db-path={self.path}"),
-            ):
-                with self.subTest(arguments=arguments, environment=environment):
-                    self.assertEqual(json.loads(self.printed(*arguments)), wanted)
-            os.environ["AGENC_DB_PATH"] = self.path
-            self.assertEqual(self.facts("keys", "proofs"), wanted)
-        del os.environ["AGENC_DB_PATH"]
-        os.mkdir(self.beside(".agenc"))
-        os.rename(self.path, self.beside(".agenc/operator.db"))
         self.assertEqual(self.facts("keys", "proofs"), wanted)
+        os.environ["AGENC_DB_PATH"] = self.other
+        for arguments in (
+            ("--json", "--db-path", self.path, "keys", "proofs"),
+            ("--db-path", self.path, "keys", "--json", "proofs"),
+            ("--db-path", self.other, "keys", "proofs", "--json", f"--db-path={self.path}"),
+        ):
+            with self.subTest(arguments=arguments):
+                self.assertEqual(json.loads(self.printed(*arguments)), wanted)
 
-    def test_import_and_restore_make_a_database_only_of_what_is_good(self) -> None:
+    def test_import_and_restore_make_a_private_database_of_what_is_good_alone(self) -> None:
         backup = self.beside("backup.db")
         self.printed("export", "-o", self.file, "--include-secrets")
         self.printed("backup", backup)
+        self.addCleanup(os.umask, os.umask(0))
         for verb, source in (("import", self.file), ("restore", backup)):
-            whole = read_bytes(source)
-            wrong = whole.replace(b'"claimed_at"', b'"claimed_by"')
-            for bad in (b"", b"text " * 200, whole[: len(whole) // 2], wrong):
-                write_bytes(source, bad)
-                for path in (source, "-") if verb == "import" else (source,):
-                    with self.subTest(verb=verb, bad=bad[:20], path=path), self.assert_unchanged():
-                        self.failure("--db-path", self.other, verb, path, stdin=bad)
-            write_bytes(source, whole)
-            before = os.umask(0)
-            self.addCleanup(os.umask, before)
+            good = read_bytes(source)
+            write_bytes(source, good.replace(b'"claimed_at"', b'"claimed_by"'))
+            with self.assert_unchanged():
+                self.failure("--db-path", self.other, verb, source)
+            write_bytes(source, good)
             self.printed("--db-path", self.other, verb, source)
-            os.umask(before)
             self.assertEqual(content_of(self.other), content_of(self.path))
             self.assertEqual(stat.S_IMODE(os.stat(self.other).st_mode), 0o600)
             os.unlink(self.other)
-        self.assertEqual(self.names(), {"operator.db", "operator.jsonl", "backup.db"})
 
-    def test_a_pipe_given_by_its_name_is_read_and_written(self) -> None:
-        def through_pipe(*arguments: str, send: bytes = b"") -> bytes:
-            """Run a command on one end of a pipe; send it something or return what it sends."""
-            ours, theirs = reversed(os.pipe()) if send else os.pipe()
-            received: list[bytes] = []
-
-            def command() -> None:
-                try:
-                    self.printed(*arguments, f"/dev/fd/{theirs}")
-                finally:
-                    os.close(theirs)
-
-            def other_end() -> None:
-                with open(ours, "wb" if send else "rb") as pipe:
-                    received.append(b"" if send and pipe.write(send) else pipe.read())
-
-            run_in_threads(command, other_end)
-            return received[0]
-
-        exported = through_pipe("export", "--include-secrets", "-o")
-        self.assertEqual(exported.splitlines()[1:], content_of(self.path))
-        through_pipe("--db-path", self.other, "import", send=exported)
+    def test_an_import_reads_a_named_pipe(self) -> None:
+        pipe = self.beside("pipe")
+        os.mkfifo(pipe)
+        export = self.printed("export", "--include-secrets").encode()
+        send, receive = partial(Path(pipe).write_bytes, export), ("--db-path", self.other, "import")
+        run_in_threads(send, lambda: self.printed(*receive, pipe))
         self.assertEqual(content_of(self.other), content_of(self.path))
-        metrics = through_pipe("stats", "--prometheus", "-o")
-        self.assertIn("operator_db_tasks", parse_prometheus(metrics.decode()))
-
-    def test_a_log_given_by_its_name_is_appended_to(self) -> None:
-        records = content_of(self.path)
-        write_bytes(self.file, b"kept\n")
-        inode = os.stat(self.file).st_ino
-        done = self.in_shell(f"export --include-secrets -o /dev/stdout >> {self.file}")
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        with open(self.file, "ab") as log:
-            self.printed("export", "--include-secrets", "-o", f"/dev/fd/{log.fileno()}")
-        kept, *lines = read_bytes(self.file).splitlines()
-        self.assertEqual((kept, os.stat(self.file).st_ino), (b"kept", inode))
-        half = len(records) + 1  # with a header each
-        self.assertEqual([lines[1:half], lines[half + 1 :]], [records, records])
 
     def test_the_help_lists_each_command_and_each_has_an_example_that_runs(self) -> None:
         self.assertIn(operator_db.__version__, self.printed("--version"))
         commands = re.findall(r"^ +([a-z][a-z-]*) {2,}\S", self.printed("--help"), re.MULTILINE)
-        self.assertEqual(
-            " ".join(sorted(commands)),
-            "backup check compact dispute export get import keys list-proofs list-sessions "
-            "list-tasks prune restore stats verify",
-        )
+        self.assertGreater(len(commands), 12)
         os.environ["AGENC_DB_PATH"] = missing = self.beside("missing.db")
         for command in commands:
-            with self.subTest(command=command):
+            with self.subTest(command=command), self.assert_unchanged():
                 text = self.printed(command, "--help")
-                self.assertIn("--db-path PATH", text)
-                self.assertIn("--json", text)
+                self.assertRegex(text, r"(?s)--db-path PATH.*--json")
                 pattern = rf"^ +\S*python3? operator_db\.py ({command}.*)$"
                 (example,) = re.findall(pattern, text, re.MULTILINE)
                 arguments = shlex.split(example.partition(">")[0])
-                message = self.failure(*arguments)  # there is nothing to work on, and only that
+                # there is nothing to work on, and only that is wrong
                 reason = arguments[1] if command in ("import", "restore", "verify") else missing
-                self.assertIn(reason, message)
-        self.assertEqual(self.names(), {"operator.db"})
+                self.assertIn(reason, self.failure(*arguments))
 
 
 class OutputIsMadeForPeople(CommandLineTest):
-    def table(self, text: str) -> list[dict[str, str]]:
-        """Return the rows of a printed table; fail unless each cell stands below its title."""
-        head, *lines = text.splitlines()
-        titles = list(re.finditer(r"\S+(?: \S+)*", head))
-        starts = [title.start() for title in titles]
-        rows = []
-        for line in lines:
-            columns = on_screen(line.ljust(200))
-            self.assertEqual({"".join(columns[start - 2 : start]) for start in starts[1:]}, {"  "})
-            cells = ["".join(columns[slice(*ends)]) for ends in itertools.pairwise([*starts, None])]
-            for cell in cells:
-                self.assertTrue(cell[0] != " " or not cell.strip(), line)
-            titled = zip((title[0] for title in titles), map(str.rstrip, cells), strict=True)
-            rows.append(dict(titled))
-        return rows
-
     def test_nothing_printed_steers_the_terminal_and_all_fits_every_encoding(self) -> None:
-        for command in INSPECTIONS:
-            facts = []
-            for encoding, flags in itertools.product(("utf-8", "ascii"), ((), ("--json",))):
-                with self.subTest(encoding=encoding, command=command, flags=flags):
-                    text = self.printed(*command.split(), *flags, encoding=encoding)
-                    if command == "export":
-                        continue  # for programs, and always UTF-8
-                    self.assertEqual(steering_characters(text), [])
-                    if flags and "--prometheus" not in command:
-                        facts.append(json.loads(text))
-            self.assertEqual(facts[1:], facts[:1])
-        for key in ("tasks:\x1b[2J", "x\x1b:\r\n"):
-            self.failure("get", key)
+        for command in INSPECTIONS.split(", "):
+            with self.subTest(command=command):
+                texts = [
+                    self.printed(*command.split(), *flags, encoding=encoding)  # which looks at it
+                    for flags, encoding in itertools.product(((), ("--json",)), ("utf-8", "ascii"))
+                ]
+                if command != "export" and "--prometheus" not in command:
+                    self.assertEqual(json.loads(texts[2]), json.loads(texts[3]))
         environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
         done = self.in_shell("list-tasks", env=environment)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertEqual(done.stdout, self.printed("list-tasks", encoding="ascii"))
 
-    def test_a_wrong_argument_is_shown_without_steering_the_terminal(self) -> None:
-        for command in (
-            ("stats", STEERING),
-            ("stats", f"--{STEERING}"),
-            (STEERING,),
-            ("prune", "--older-than", STEERING),
-            ("list-tasks", "--status", STEERING),
-            ("get", STEERING),
-            ("verify", self.file, "--evidence-hash", STEERING),
-        ):
-            with self.subTest(command=command):
-                done = self.run_command(*command)
-                self.assertEqual((done.returncode, done.stdout), (2, ""))
-                self.assertEqual(steering_characters(done.stderr), [])
-                self.assertIn("owned", done.stderr)
-
-    def test_a_table_in_a_pipe_is_aligned_and_whole(self) -> None:
-        rows = {row["task"]: row for row in self.table(self.printed("list-tasks"))}
-        with OperatorDb(self.path) as db:
-            tasks = {task.task_id: task for task in db.list_tasks()}
-        self.assertEqual(list(rows), list(tasks))
-        for task_id, row in rows.items():
-            self.assertEqual(list(row), ["task", "status", "since", "reward", "description"])
-            self.assertEqual(row["status"], tasks[task_id].status)
-            if "\n" not in (description := tasks[task_id].description or ""):
-                self.assertEqual(row["description"], description.rstrip())
-
-    def test_times_amounts_and_sizes_are_as_people_read_them(self) -> None:
-        rows = {row["task"]: row for row in self.table(self.printed("list-tasks"))}
-        self.assertRegex(rows["é字\U0001f600"]["since"], r"\d{4}-\d\d-\d\d \d\d:\d\d \(3 d ago\)")
-        self.assertIn("(now)", rows["漢字" * 12]["since"])
-        self.assertIn("1970-01-01 00:00", rows["t0"]["since"])
-        self.assertEqual(rows["漢字" * 12]["reward"], "1.5 SOL")
-        self.assertEqual(rows["odd"]["reward"], "7 SKR units")
-        with OperatorDb(self.path, durable=False) as db:
-            store_tasks(db, "large", payload=bytes(1_500_000))
-        self.assertRegex(self.printed("stats"), r"\d\.\d MiB")
+    def test_a_table_in_a_pipe_is_whole_and_aligned_and_written_for_people(self) -> None:
+        head, *lines = self.printed("list-tasks").splitlines()
+        starts = [head.index(title) for title in ("task", "status", "since", "reward", "descr")]
+        rows: dict[str, list[str]] = {}
+        for task, line in zip(self.db.list_tasks(), lines, strict=True):
+            columns = on_screen(line.ljust(200))
+            ends = itertools.pairwise([*starts, None])
+            row = rows[task.task_id] = ["".join(columns[slice(*each)]).rstrip() for each in ends]
+            self.assertEqual(row[:2], [task.task_id, task.status])
+            if task.description != STEERING:
+                self.assertEqual(row[4], (task.description or "").rstrip())
+        self.assertRegex(rows[OLD][2], r"^\d{4}-\d\d-\d\d \d\d:\d\d \(3 d ago\)$")
+        self.assertIn("(now)", rows[WIDE][2])
+        self.assertIn("1970-01-01 00:00", rows["t0"][2])
+        self.assertEqual((rows[WIDE][3], rows["odd"][3]), ("1.5 SOL", "7 SKR units"))
+        self.assertRegex(self.printed("stats"), r"\d\.\d KiB")
 
     def test_numbers_to_compare_are_drawn_as_bars(self) -> None:
         tasks = self.facts("stats")["tasks"]
@@ -7185,36 +5275,20 @@ class OutputIsMadeForPeople(CommandLineTest):
                 self.assertEqual(tasks[one] > tasks[other], len(bars[one]) > len(bars[other]))
             self.assertIn(block * 20, text.partition("bytes")[2])
 
-    def test_a_table_fits_the_terminal(self) -> None:
-        commands = ("stats", "list-tasks", "list-proofs", "list-sessions")
-        for columns, command in itertools.product((20, 40, 80, 132), commands):
+    def test_tables_and_help_fit_the_terminal_and_what_is_cut_is_marked(self) -> None:
+        tables = ("stats", "list-tasks", "list-proofs", "list-sessions")
+        helps = ("--help", "stats --help", "prune --help", "verify --help", "get --help")
+        for columns, command in (
+            *itertools.product((20, 40, 80, 132), tables),
+            *itertools.product((60, 80, 132), helps),
+        ):
             with self.subTest(columns=columns, command=command):
-                lines = self.on_terminal(columns, command).splitlines()
+                text = self.on_terminal(columns, *command.split())
+                lines = [line for line in text.splitlines() if " python " not in line]  # to copy
                 self.assertLessEqual(max(len(on_screen(line)) for line in lines), columns)
                 self.assertGreater(len(lines), 3)
-
-    def test_a_table_on_a_narrow_terminal_marks_what_it_cut_and_keeps_numbers_in_line(self) -> None:
-        with OperatorDb(self.path, durable=False) as db:
-            for n in range(12):
-                db.append_command("voice", f"command {n}")
-            store_tasks(db, "long", description="é" * 100_000, claimed_at=0)
-        _, *rows = self.on_terminal(40, "list-tasks").splitlines()
-        for row in rows:
-            cells = re.split(" {2,}", row)
-            self.assertTrue(all(cell.endswith("…") for cell in cells[1:3]), row)
-        self.assertTrue(next(row for row in rows if row.startswith("long")).endswith("éé…"), rows)
-        _, *rows = self.on_terminal(40, "list-sessions").splitlines()
-        ends = [[match.end() for match in re.finditer(r"(?<= )\d+(?= )", row)] for row in rows]
-        self.assertEqual(ends, [ends[0]] * 4)
-        self.assertEqual(len(ends[0]), 2)
-
-    def test_the_help_fits_the_terminal(self) -> None:
-        commands = ("", "stats", "prune", "verify", "get")
-        for columns, command in itertools.product((60, 80, 132), commands):
-            with self.subTest(columns=columns, command=command):
-                text = self.on_terminal(columns, *command.split(), "--help")
-                lines = [line for line in text.splitlines() if " python " not in line]  # to copy
-                self.assertLessEqual(max(map(len, lines)), columns)
+                if columns == 20:
+                    self.assertIn("…", text)
 
     def test_long_work_is_a_progress_bar_on_a_terminal_and_nothing_elsewhere(self) -> None:
         for columns in (20, 40, 80):
@@ -7228,359 +5302,243 @@ class OutputIsMadeForPeople(CommandLineTest):
 
 
 class InspectionChangesNothing(CommandLineTest):
-    def test_an_inspection_beside_a_running_operator_is_consistent_and_does_not_block_it(
-        self,
-    ) -> None:
+    def test_an_inspection_neither_blocks_a_running_operator_nor_waits_for_it(self) -> None:
         def operate(say: Say) -> None:
             with OperatorDb(self.path, durable=False, timeout=0) as db:  # waiting is an error
                 for n in itertools.count():
                     with db.transaction():
                         store_tasks(db, f"a{n % 300}", f"z{n % 300}", reward_lamports=n)
-                    if n % 20 == 0:
-                        say(n)
-
-        def assert_consistent(tasks: list[dict[str, Any]]) -> None:
-            rewards = {task["task_id"]: task["reward_lamports"] for task in tasks}
-            pairs = [name[1:] for name in rewards if name.startswith("a")]
-            self.assertGreater(len(pairs), 0)
-            self.assertEqual(
-                [rewards.get(f"a{name}") for name in pairs],
-                [rewards.get(f"z{name}") for name in pairs],
-            )
-            self.assertEqual(len(tasks), 14 + 2 * len(pairs))
+                    if n == 0:
+                        say("working")
 
         operator = Child(operate)
         operator.line()
-        names = set(os.listdir(self.folder))
-        for command in INSPECTIONS:
-            operator.line()
+        for command in INSPECTIONS.split(", "):
             self.printed(*command.split())
-        assert_consistent(self.facts("list-tasks"))
-        operator.line()
-        lines = list(map(json.loads, self.printed("export").splitlines()))
-        assert_consistent([line["record"] for line in lines if line.get("namespace") == "tasks"])
-        operator.line()
         stats = self.facts("stats")
         self.assertEqual(stats["records"]["tasks"], sum(stats["tasks"].values()))
-        self.assertEqual(stats["records"]["tasks"] % 2, 0)
+        stored = [(task["task_id"], task["reward_lamports"]) for task in self.facts("list-tasks")]
+        a, z = ({(name[1:], n) for name, n in stored if name[0] == letter} for letter in "az")
+        self.assertEqual((a, len(stored)), (z, 14 + 2 * len(a)))
         self.facts("backup", self.other)
-        self.assertEqual(set(os.listdir(self.folder)), names | {"other.db"})
-        operator.line()
         operator.kill()
+        self.assertEqual(self.names(), {"operator.db", "other.db"})
         self.assert_sound()
         self.assert_sound(self.other)
 
-    def test_an_inspection_works_where_nothing_can_be_written(self) -> None:
-        self.enterContext(mock.patch("time.time", return_value=time.time()))
-        wanted = {command: self.printed(*command.split()) for command in INSPECTIONS}
-
-        def look() -> None:
-            os.chmod(self.path, 0o400)
-            os.chmod(self.folder, 0o500)
-            for command, text in wanted.items():
-                found = self.printed(*command.split())
-                if "stats" not in command:  # which tell the sizes of what is beside the file
-                    self.assertEqual(found, text, command)
-            self.assertEqual(os.listdir(self.folder), ["operator.db"])
-
-        with self.assert_bytes_unchanged():
-            try:
-                as_nobody(self.folder, look)
-            finally:
-                os.chmod(self.folder, 0o700)
-
-    def test_what_is_no_database_of_ours_is_named_and_left_alone(self) -> None:
-        names = ("text", "redb", "theirs", "newer", "unreadable", "missing", "missing/below")
-        places = {name: self.beside(name) for name in (*names, "text/below")}
-        write_bytes(places["text"], b"some text " * 99)
-        write_bytes(places["redb"], b"redb\x1a\n\xa9\r\n" + bytes(5000))
-        write_bytes(places["newer"], read_bytes(self.path))
-        write_bytes(places["unreadable"], read_bytes(self.path))
-        self.sql("CREATE TABLE theirs(a)", path=places["theirs"])
-        self.sql("PRAGMA user_version = 99", path=places["newer"])
-        places["folder"] = self.folder
-        commands = ("stats", "list-tasks", "check", "export", "prune --dry-run", "prune", "compact")
+    def test_what_cannot_be_used_is_named_and_left_alone(self) -> None:
+        self.printed("export", "-o", self.file)
+        self.printed("backup", self.other)
+        self.printed("--db-path", self.other, "import", self.file)  # import what is imported late
+        os.mkdir("locked")
+        for name in ("unreadable", "locked/operator.db"):
+            shutil.copy(self.path, name)
+        write_bytes("text", b"some text " * 99)
+        looks = ("stats", "list-tasks", "check", "export", "prune --dry-run")
+        changes = ("prune", "compact", f"import {self.file}", f"restore {self.other}")
+        files = ("text", "text/below", "unreadable", "locked", "missing", "missing/below")
+        commands: dict[str, tuple[str, ...]] = {
+            **dict.fromkeys(files, (*looks, "prune", "compact")),
+            "locked/operator.db": (*looks, *changes),
+            "operator.db": changes,
+        }
 
         def state() -> dict[str, tuple[int, int]]:
             found = {name: os.stat(name) for name in (".", *os.listdir(self.folder))}
             return {name: (each.st_mtime_ns, each.st_size) for name, each in found.items()}
 
         def look() -> None:
-            os.chmod(places["unreadable"], 0)
+            for name, mode in (("unreadable", 0), ("locked", 0), ("operator.db", 0o400)):
+                os.chmod(name, mode)
             before = state()
-            for (name, path), command in itertools.product(places.items(), commands):
-                message = self.failure("--db-path", path, *command.split())
-                self.assertIn(path, message, name)
+            for name in commands:
+                for command in commands[name]:
+                    message = self.failure("--db-path", self.beside(name), *command.split())
+                    self.assertIn(self.beside(name), message, command)
+                    if name == "locked/operator.db":
+                        self.assertIn(os.strerror(errno.EACCES), message, command)
+            os.chmod(self.folder, 0o500)
+            for command in INSPECTIONS.split(", "):  # for which nothing needs to be written
+                self.printed(*command.split())
             self.assertEqual(state(), before)
 
-        self.printed("prune", "--dry-run")  # import what is imported late, while it can be read
+        self.addCleanup(os.chmod, self.folder, 0o700)
+        self.addCleanup(os.chmod, self.beside("locked"), 0o700)
         as_nobody(self.folder, look)
-
-    def test_a_database_that_may_not_be_reached_or_written_is_named(self) -> None:
-        self.printed("export", "-o", self.file)
-        self.printed("backup", self.other)
-        self.printed("--db-path", self.other, "import", self.file)  # import what is imported late
-        locked, within = self.beside("locked"), self.beside("locked/operator.db")
-        os.mkdir(locked)
-        shutil.copy(self.path, within)
-        changes = (("prune",), ("compact",), ("import", self.file), ("restore", self.other))
-
-        def look() -> None:
-            os.chmod(locked, 0)
-            os.chmod(self.path, 0o400)
-            names, before = os.listdir(self.folder), os.stat(self.path)
-            for command in (("stats",), ("check",), *changes):
-                message = self.failure("--db-path", within, *command)
-                self.assertIn(os.strerror(errno.EACCES), message)
-                self.assertIn(within, message)
-            for command in changes:
-                self.assertIn(self.path, self.failure(*command))
-            self.assertEqual(os.listdir(self.folder), names)
-            self.assertEqual(os.stat(self.path).st_mtime_ns, before.st_mtime_ns)
-
-        try:
-            as_nobody(self.folder, look)
-        finally:
-            os.chmod(locked, 0o700)
 
 
 class ProgramsEndCleanly(CommandLineTest):
-    def test_a_command_that_fails_is_status_1_and_one_line_that_names_the_reason(self) -> None:
-        write_bytes(self.file, b'{"an export": false}')
-        cases = (
-            ("get tasks:nobody", "tasks:nobody"),
-            ("get nothing:x", "nothing"),
-            ("keys nothing", "nothing"),
-            ("keys session_log", "session_log"),
-            ("dispute t0", "t0"),
-            ("import missing", "missing"),
-            ("restore missing", "missing"),
-            ("verify missing", "missing"),
-            (f"import {self.path}", self.path),
-            (f"import {self.file}", ""),
-            (f"restore {self.file}", self.file),
-            (f"backup {self.path}", self.path),
-            (f"backup {self.file}", self.file),
-            ("export -o missing/file", "missing/file"),
-            ("stats --prometheus -o missing/file", "missing/file"),
-        )
-        with self.assert_unchanged():
-            for command, word in cases:
-                with self.subTest(command=command):
-                    self.assertIn(word, self.failure(*command.split()))
-
     def test_a_problem_found_is_status_1(self) -> None:
         bundle = self.facts("dispute", "t1")
         write_bytes(self.file, json.dumps(bundle).encode())
         other_hash = ("--evidence-hash", "ab" * 32)
         self.assertIn("evidence", self.printed("verify", self.file, *other_hash, status=1))
         write_bytes(self.file, json.dumps({**bundle, "evidence_hash": "00"}).encode())
-        self.assertIn("evidence_hash", self.printed("verify", self.file, status=1))
-        self.assertEqual(len(self.facts("verify", self.file, status=1)["problems"]), 1)
+        (problem,) = self.facts("verify", self.file, status=1)["problems"]
+        self.assertIn("evidence_hash", problem)
         self.damage("tasks:t3")
-        self.assertIn("tasks:t3", self.printed("check", status=1))
         (problem,) = self.facts("check", status=1)["problems"]
+        self.assertIn(problem, self.printed("check", status=1))
         self.assertIn("tasks:t3", problem)
         self.assertIn("tasks:t3", self.failure("list-tasks"))
 
-    def test_a_wrong_command_line_is_status_2_and_names_what_is_wrong(self) -> None:
-        cases = (
-            ("nothing", "nothing"),
-            ("stats --nothing", "--nothing"),
-            ("stats more", "more"),
-            (f"stats -o {self.file}", "--prometheus"),
-            (f"stats --json -o {self.file}", "--prometheus"),
-            ("list-tasks --status lost", "lost"),
-            ("list-tasks --limit -1", "-1"),
-            ("list-tasks --stat claimed", "--stat"),
-            ("get", "KEY"),
-            ("get tasks", "tasks"),
-            ("keys", "NAMESPACE"),
-            ("prune --older-than soon", "soon"),
-            ("prune --older-than -1", "-1"),
-            ("prune --session-days nan", "nan"),
-            ("backup", "DEST"),
-            ("import", "FILE"),
-            ("restore", "SRC"),
-            ("dispute", "TASK_ID"),
-            ("verify", "FILE"),
-            ("verify x --evidence-hash abc", "abc"),
-            ("--json=5 stats", "--json"),
-        )
+    def test_a_command_that_fails_is_status_1_and_a_wrong_command_line_2(self) -> None:
+        write_bytes(self.file, b'{"an export": false}')
+        cases: dict[int, tuple[tuple[str, str], ...]] = {  # a command, a word of its message
+            1: (
+                ("get tasks:nobody", "tasks:nobody"),
+                ("get tasks:\x1b[2J", "[2J"),
+                ("get nothing:x", "nothing"),
+                ("keys nothing", "nothing"),
+                ("keys session_log", "session_log"),
+                ("dispute t0", "t0"),
+                ("import missing", "missing"),
+                ("verify missing", "missing"),
+                (f"import {self.path}", self.path),
+                (f"import {self.file}", ""),
+                (f"restore {self.file}", self.file),
+                (f"backup {self.path}", self.path),
+                (f"backup {self.file}", self.file),
+                ("export -o missing/file", "missing/file"),
+                ("stats --prometheus -o missing/file", "missing/file"),
+            ),
+            2: (
+                ("nothing", "nothing"),
+                ("stats --nothing", "--nothing"),
+                ("stats more", "more"),
+                (f"stats -o {self.file}", "--prometheus"),
+                ("list-tasks --status lost", "lost"),
+                ("list-tasks --limit -1", "-1"),
+                ("list-tasks --stat claimed", "--stat"),
+                ("get", "KEY"),
+                ("get tasks", "tasks"),
+                ("prune --older-than -1", "-1"),
+                ("prune --session-days nan", "nan"),
+                ("verify", "FILE"),
+                ("verify x --evidence-hash abc", "abc"),
+                ("--json=5 stats", "--json"),
+            ),
+        }
         with self.assert_unchanged():
-            for command, word in cases:
-                with self.subTest(command=command):
-                    done = self.run_command(*command.split())
-                    self.assertEqual((done.returncode, done.stdout), (2, ""))
-                    self.assertIn(word, done.stderr.splitlines()[-1])
+            for status, commands in cases.items():
+                for command, word in commands:
+                    with self.subTest(command=command):
+                        self.assertIn(word, self.failure(*command.split(), status=status))
+            for command in ("", "stats", "get", "prune --older-than", "list-tasks --status"):
+                with self.subTest(command=command, argument=STEERING):
+                    self.assertIn("owned", self.failure(*command.split(), STEERING, status=2))
 
-    def test_a_program_ends_quietly_when_nobody_reads_on(self) -> None:
+    def test_a_program_ends_cleanly_when_a_stream_is_closed_or_full(self) -> None:
         with OperatorDb(self.path, durable=False) as db, db.transaction():
             store_tasks(db, *(f"many{n}" for n in range(900)), description="x" * 200)
-        for command in ("list-tasks", "export", "keys tasks --json"):
-            with self.subTest(command=command):
-                done = self.in_shell(f"{command} | head -n 1")
-                self.assertEqual((done.stdout.count("\n"), done.stderr), (1, ""))
-
-    def test_a_full_standard_output_is_status_1_and_one_line(self) -> None:
-        for command in ("list-tasks", "export", "stats --json", "stats --help"):
-            with self.subTest(command=command):
-                done = self.in_shell(f"{command} > /dev/full")
-                self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
-                self.assertIn(os.strerror(errno.ENOSPC), done.stderr)
-
-    def test_a_program_works_without_standard_output(self) -> None:
-        for command in ("list-tasks", "export", f"backup {self.other}"):
-            with self.subTest(command=command):
-                done = self.in_shell(f"{command} >&-")
-                self.assertEqual((done.returncode, done.stderr), (0, ""))
+        no_room = os.strerror(errno.ENOSPC)
+        for line, status, lines, word in (
+            ("list-tasks | head -n 1", 0, 1, ""),
+            ("export | head -n 1", 0, 1, ""),
+            ("keys tasks --json | head -n 1", 0, 1, ""),
+            ("list-tasks > /dev/full", 1, 0, no_room),
+            ("export > /dev/full", 1, 0, no_room),
+            ("stats --json > /dev/full", 1, 0, no_room),
+            ("stats --help > /dev/full", 1, 0, no_room),
+            ("list-tasks >&-", 0, 0, ""),
+            ("export >&-", 0, 0, ""),
+            (f"backup {self.other} >&-", 0, 0, ""),
+            ("import - <&-", 1, 0, ""),
+        ):
+            with self.subTest(line=line):
+                done = self.in_shell(line)
+                found = done.returncode, done.stdout.count("\n"), done.stderr.count("\n")
+                self.assertEqual(found, (status, lines, status), done.stderr)
+                self.assertIn(word, done.stderr)
         self.assertEqual(content_of(self.other), content_of(self.path))
 
-    def test_an_import_without_standard_input_is_status_1_and_one_line(self) -> None:
-        done = self.in_shell("import - <&-")
-        self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1))
-
-    def test_a_program_works_whatever_its_name_and_without_docstrings(self) -> None:
-        renamed = shutil.copy(HERE / "operator_db.py", self.beside("odb renamed"))
-        for line, flags, word in (("stats --help", ["-OO"], "--prometheus"), ("", [], self.path)):
-            with self.subTest(line=line):
-                done = self.in_shell(line, python=(*flags, renamed))
-                self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
-                self.assertIn(word, done.stdout)
-
-    def test_a_program_told_to_end_leaves_nothing_behind(self) -> None:
-        started = export_of().getvalue() + b"\n" * 200_000  # more than a pipe holds: it is read
-        for path, number in ((self.other, signal.SIGTERM), (self.path, signal.SIGHUP)):
-            with self.subTest(path=path), self.assert_unchanged():
-                command = [sys.executable, "-m", "operator_db", "--db-path", path, "import", "-"]
-                pipes: dict[str, Any] = dict.fromkeys(
-                    ("stdin", "stdout", "stderr"), subprocess.PIPE
-                )
-                with subprocess.Popen(command, **pipes) as program:
-                    assert program.stdin
-                    program.stdin.write(started)
-                    program.stdin.flush()
-                    program.send_signal(number)
-                    self.assertEqual(program.communicate(), (b"", b""))
-                self.assertEqual(program.returncode, 128 + number)
-
     def test_a_program_told_to_end_as_its_file_is_completed_leaves_nothing_behind(self) -> None:
-        cases = (
-            ("export", ("-o", self.file), ("fsync",)),
-            ("backup", (self.other,), ("link", "rename", "replace")),
-        )
-        for command, arguments, moments in cases:
-            with self.subTest(command=command), self.assert_unchanged():
+        self.printed("export", "-o", self.file, "--include-secrets")
+        names = ("link", "rename", "replace")
+        for number, calls, command in (
+            (signal.SIGTERM, ("fsync",), ("export", "-o", self.beside("new.jsonl"))),
+            (signal.SIGHUP, names, ("backup", self.other)),
+            (signal.SIGTERM, names, ("import", self.file, "--db-path", self.other)),
+            (signal.SIGINT, names, ("import", self.file, "--db-path", self.other)),
+        ):
+            with self.subTest(number=number, command=command), self.assert_unchanged():
                 done = run_program(
                     f"""if True:
                     import os, runpy, signal
-                    for name in {moments!r}:
-                        setattr(os, name, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+                    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us
+                    for name in {calls!r}:
+                        setattr(os, name, lambda *_: os.kill(os.getpid(), {int(number)}))
                     runpy.run_module("operator_db", None, "__main__", alter_sys=True)""",
-                    command,
-                    *arguments,
+                    *command,
                 )
-                self.assertEqual((done.returncode, done.stdout, done.stderr), (143, "", ""))
-
-    def test_a_command_interrupted_by_ctrl_c_is_status_130_and_leaves_nothing_behind(self) -> None:
-        self.printed("export", "-o", self.file, "--include-secrets")
-        command = ("--db-path", self.other, "import", self.file)
-        with interrupt_at_call(-1) as calls:
-            self.printed(*command)
-            total = calls()
-        os.unlink(self.other)
-        for part in (0.3, 0.5, 0.8):
-            with self.subTest(part=part), self.assert_unchanged():
-                try:
-                    with interrupt_at_call(int(total * part)):
-                        done = self.run_command(*command)
-                except KeyboardInterrupt:
-                    self.fail("it was not caught")
-                self.assertEqual((done.returncode, done.stdout), (130, ""))
-                self.assertEqual(done.stderr.count("\n"), 1)
+                self.assertEqual(done.returncode, 128 + number)
+                self.assertEqual(done.stderr.count("\n"), number == signal.SIGINT, done.stderr)
 
 
 class TheSelfCheckShowsThePromises(CommandLineTest):
-    def test_it_keeps_at_least_ten_promises_and_leaves_nothing_behind(self) -> None:
-        os.unlink(self.path)
-        module = (str(HERE / "operator_db.py"),)
-        done = self.in_shell("", python=module, env={**os.environ, "TMPDIR": self.folder})
+    def test_it_keeps_at_least_ten_promises_and_inspects_the_operators_own_database(self) -> None:
+        module, environment = (str(HERE / "operator_db.py"),), {**os.environ, "TMPDIR": self.folder}
+        with self.assert_unchanged():
+            done = self.in_shell("", python=module, env=environment)
+            facts = self.facts()
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         *promises, count, inspection = done.stdout.splitlines()
-        self.assertGreaterEqual(len(promises), 10)
-        for line in promises:
-            self.assertRegex(line, r"^ok    \S.*")
-        self.assertEqual(len(set(promises)), len(promises))
-        self.assertRegex(count, rf"^{len(promises)} .*promises")
-        self.assertIn(f"operator_db {operator_db.__version__}", count)
-        self.assertTrue(inspection.startswith(f"{self.path}: "), inspection)
-        self.assertEqual(os.listdir(self.folder), [])
-
-    def test_it_inspects_the_operators_own_database(self) -> None:
-        with self.assert_unchanged():
-            inspection = self.printed().splitlines()[-1]
+        self.assertEqual(promises, [f"ok    {promise}" for promise in facts["promises"]])
+        self.assertGreaterEqual(len(set(promises)), 10)
+        self.assertRegex(count, rf"^{len(promises)} .*promises.*{operator_db.__version__}")
         records = sum(self.facts("stats")["records"].values())
         self.assertRegex(inspection, rf"^{self.path}: .*\b{records}\b")
+        self.assertEqual((facts["path"], facts["problems"]), (self.path, []))
         self.damage("tasks:t3")
         text = self.printed(status=1)
         self.assertNotIn("FAIL", text)
         self.assertIn("tasks:t3", text)
 
-    def test_it_gives_programs_the_same_facts(self) -> None:
-        facts = self.facts()
-        self.assertEqual((facts["path"], facts["problems"]), (self.path, []))
-        self.assertGreaterEqual(len(facts["promises"]), 10)
-
     def test_a_broken_promise_is_reported(self) -> None:
-        nothing = operator_db.PruneReport(
-            tasks=0, sessions=0, proofs=0, bytes_before=0, bytes_after=0, dry_run=False
-        )
-        broken: dict[str, Callable[..., Any]] = {
-            "get_task": lambda *_: None,
-            "prune": lambda *_, **__: nothing,
-        }
-        for verb, wrong in broken.items():
-            with self.subTest(verb=verb), mock.patch.object(OperatorDb, verb, wrong):
+        for verb, returned in (("get_task", None), ("prune", mock.Mock(tasks=0))):
+            broken = mock.patch.object(OperatorDb, verb, return_value=returned)
+            with self.subTest(verb=verb), broken:
                 text = self.printed(status=1)
                 self.assertRegex(text, r"(?m)^FAIL  \S")
                 kept = len(re.findall(r"(?m)^ok    ", text))
                 self.assertRegex(text, rf"(?m)^{kept} .*promises")
 
+    def test_it_creates_no_database(self) -> None:
+        os.unlink(self.path)
+        self.assertIn(self.path, self.printed())
+        self.assertEqual(self.names(), set())
+
 
 class TheReadmeIsTrue(CommandLineTest):
-    def setUp(self) -> None:
-        super().setUp()
-        self.readme = (HERE / "README.md").read_text(encoding="utf-8")
+    def found(self, pattern: str) -> list[Any]:
+        """Return what a pattern finds in the README."""
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        return re.findall(pattern, readme, re.MULTILINE | re.DOTALL)
 
     def test_each_example_prints_what_the_readme_says(self) -> None:
         del os.environ["AGENC_DB_PATH"]
-        programs = re.findall(r"^```python\n(.*?)^```", self.readme, re.MULTILINE | re.DOTALL)
+        programs = self.found(r"^```python\n(.*?)^```")
         self.assertGreaterEqual(len(programs), 4)
-        for number, program in enumerate(programs):
-            with self.subTest(program=program):
-                folder = self.beside(str(number))
-                os.mkdir(folder)
+        for program in programs:
+            with self.subTest(program=program), tempfile.TemporaryDirectory() as folder:
                 done = run_program(program, cwd=folder)
                 self.assertEqual((done.returncode, done.stderr), (0, ""))
-                printed = re.findall(r"# prints: (.*)", program)
-                self.assertEqual(done.stdout.splitlines(), printed)
+                self.assertEqual(done.stdout.splitlines(), re.findall(r"# prints: (.*)", program))
 
     def test_the_evidence_hash_made_by_the_shell_is_the_modules(self) -> None:
-        pattern = r"^\$ (printf .* \| sha256sum)\n([0-9a-f]{64})  -$"
-        ((command, digest),) = re.findall(pattern, self.readme, re.MULTILINE)
+        pattern = r"^\$ (printf [^\n]* \| sha256sum)\n([0-9a-f]{64})  -$"
+        ((command, digest),) = self.found(pattern)
         self.assertEqual(digest, VerificationLog(task_id="t1", outputs=b"hello").evidence_hash)
         done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
         self.assertEqual(done.stdout.split()[0], digest)
 
     def test_the_help_is_that_of_the_command_line(self) -> None:
-        pattern = r"^```console\n\$ python operator_db\.py --help\n(.*?)^```"
-        (shown,) = re.findall(pattern, self.readme, re.MULTILINE | re.DOTALL)
         os.environ["COLUMNS"] = "100"
-        self.assertEqual(shown, self.printed("--help"))
+        shown = self.found(r"^```console\n\$ python operator_db\.py --help\n(.*?)^```")
+        self.assertEqual(shown, [self.printed("--help")])
 
     def test_the_module_imports_the_standard_library_alone_and_little_of_it(self) -> None:
-        program = "import sys, operator_db; print(*sys.modules)"
-        command = [sys.executable, "-S", "-c", program]
+        command = [sys.executable, "-S", "-c", "import sys, operator_db; print(*sys.modules)"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
         imported = {name.partition(".")[0] for name in done.stdout.split()}
         allowed = {*sys.stdlib_module_names, "operator_db", "__main__"}
@@ -7596,36 +5554,23 @@ def show_progress(text: str) -> None:
 
 # ==== Soak: random operations and faults, and a model to compare with =============================
 
-Facts = tuple[Any, ...]  # of one record: its state, and what else the model knows of it
-Model = dict[tuple[str, str], Facts]  # the records of one worker, by namespace and id
-Changes = dict[tuple[str, str], Facts | None]  # None: the record is removed
+Key = tuple[str, str]  # namespace and id of a record
+Facts = tuple[Any, ...]  # what a model knows of a record: its state, and its content
+Model = dict[Key, Facts]  # the records of one worker, whose ids begin with its digit
+Changes = dict[Key, Facts | None]  # None: the record is removed
 
 LONG_AGO = 1  # when a task was completed that any prune removes
 SHARED = ("prunable", "config")  # states of a record that another worker may remove or replace
 
 
-def content_for(record_id: str, size: int) -> bytes:
-    """Return the bytes that are stored under an id, and under no other."""
-    return random.Random(record_id).randbytes(size)
-
-
-def worker_of(record_id: str) -> str:
-    """Return the worker whose record this is: an id is the worker's own, or begins with it."""
-    return record_id.partition("-")[0]
-
-
 def facts_of(record: Any) -> Facts:
-    """Return what the model of a worker knows of a record."""
-
-    def size(record_id: str, content: bytes) -> int | str:
-        return len(content) if content == content_for(record_id, len(content)) else "wrong"
-
+    """Return what a model knows of a record."""
     match record:
         case TaskRecord():
             state = "prunable" if record.completed_at == LONG_AGO else record.status.value
-            return state, size(record.task_id, record.payload)
+            return state, record.payload
         case VerificationLog():
-            return "proof", size(record.task_id, record.outputs)
+            return "proof", record.outputs
         case SessionState():
             return "transcript", *(entry.content for entry in record.transcript)
         case OperatorConfig():
@@ -7634,26 +5579,12 @@ def facts_of(record: Any) -> Facts:
             return "tally", record.count
 
 
-def get_record(db: OperatorDb, namespace: str, record_id: str) -> Any:
-    """Return a record of any namespace, or None."""
-    if namespace == "config":
-        return db.get_config()
-    get: dict[str, Callable[[str], Any]] = {
-        "tasks": db.get_task,
-        "proofs": db.get_proof,
-        "sessions": db.get_session,
-        "tallies": tallies_of(db).get,
-    }
-    return get[namespace](record_id)
+def ids_in(model: Model, *states: str) -> list[str]:
+    """Return the ids of the records that are in one of these states."""
+    return [record_id for (_, record_id), facts in model.items() if facts[0] in states]
 
 
-def ids_in(model: Model, namespace: str, *states: str) -> list[str]:
-    """Return the ids of the records of a namespace that are in one of these states."""
-    return [key[1] for key, facts in model.items() if key[0] == namespace and facts[0] in states]
-
-
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What a worker does next: an operation, the record, and the size of its content."""
 
     operation: str
@@ -7661,39 +5592,31 @@ class Step:
     size: int
 
     @property
-    def content(self) -> bytes:
-        return content_for(self.id, self.size)
+    def worker(self) -> str:
+        return self.id[0]
 
     @property
-    def worker(self) -> str:
-        return worker_of(self.id)
+    def content(self) -> bytes:
+        return random.Random(self.id).randbytes(self.size)
+
+    @property
+    def parts(self) -> list[str]:
+        return [f"{self.id}/{n}" for n in range(5)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Operation:
-    """What workers do to the database, and the changes that the model expects of it."""
+    """What workers do to the database, and the changes that a model expects of it."""
 
-    weight: int  # how often it is chosen, compared with the others
-    candidates: Callable[[Model], list[str]] | None = None  # the ids it may have; None: a new one
+    weight: float  # how often it is chosen, compared with the others
     perform: Callable[[OperatorDb, Step], object]
     changes: Callable[[Model, Step], Changes]
+    ids: Callable[[Model], list[str]] | None = None  # those that it may be given; None: a new one
 
 
-def tasks_beyond_sixty(model: Model) -> list[str]:
-    tasks = ids_in(model, "tasks", "claimed", "in_progress", "completed")
-    return tasks if len(tasks) > 60 else []
-
-
-def sessions_beyond_sixty_entries(model: Model) -> list[str]:
-    sessions = ids_in(model, "sessions", "transcript")
-    return [name for name in sessions if len(model["sessions", name]) > 60]
-
-
-def store_five_tasks(db: OperatorDb, step: Step) -> None:
+def store_parts(db: OperatorDb, step: Step) -> None:
     with db.transaction():
-        for n in range(5):
-            name = f"{step.id}/{n}"
-            store_tasks(db, name, payload=content_for(name, step.size))
+        store_tasks(db, *step.parts, payload=step.content)
 
 
 def delete_task_and_proof(db: OperatorDb, step: Step) -> None:
@@ -7711,18 +5634,16 @@ OPERATIONS = {
     "store a task": Operation(
         weight=6,
         perform=lambda db, step: store_tasks(db, step.id, payload=step.content),
-        changes=lambda _, step: {("tasks", step.id): ("claimed", step.size)},
+        changes=lambda _, step: {("tasks", step.id): ("claimed", step.content)},
     ),
-    "store five tasks in one transaction": Operation(
+    "store five tasks": Operation(
         weight=2,
-        perform=store_five_tasks,
-        changes=lambda _, step: {
-            ("tasks", f"{step.id}/{n}"): ("claimed", step.size) for n in range(5)
-        },
+        perform=store_parts,
+        changes=lambda _, step: {("tasks", part): ("claimed", step.content) for part in step.parts},
     ),
     "start a task": Operation(
         weight=3,
-        candidates=lambda model: ids_in(model, "tasks", "claimed"),
+        ids=lambda model: ids_in(model, "claimed"),
         perform=lambda db, step: db.update_task_status(step.id, "in_progress", expected="claimed"),
         changes=lambda model, step: {
             ("tasks", step.id): ("in_progress", model["tasks", step.id][1])
@@ -7730,22 +5651,22 @@ OPERATIONS = {
     ),
     "complete a task": Operation(
         weight=4,
-        candidates=lambda model: ids_in(model, "tasks", "claimed", "in_progress"),
+        ids=lambda model: ids_in(model, "claimed", "in_progress"),
         perform=lambda db, step: db.complete_task(step.id, proof(step.id, step.content)),
         changes=lambda model, step: {
             ("tasks", step.id): ("completed", model["tasks", step.id][1]),
-            ("proofs", step.id): ("proof", step.size),
+            ("proofs", step.id): ("proof", step.content),
         },
     ),
     "delete a task": Operation(
         weight=20,
-        candidates=tasks_beyond_sixty,
+        ids=lambda model: ids_in(model, "claimed", "in_progress", "completed")[:-60],
         perform=lambda db, step: db.delete_task(step.id),
         changes=lambda _, step: {("tasks", step.id): None},
     ),
     "delete a task and its proof": Operation(
         weight=3,
-        candidates=lambda model: ids_in(model, "proofs", "proof"),
+        ids=lambda model: ids_in(model, "proof"),
         perform=delete_task_and_proof,
         changes=lambda _, step: {("tasks", step.id): None, ("proofs", step.id): None},
     ),
@@ -7754,28 +5675,23 @@ OPERATIONS = {
         perform=lambda db, step: store_tasks(
             db, step.id, payload=step.content, status="completed", completed_at=LONG_AGO
         ),
-        changes=lambda _, step: {("tasks", step.id): ("prunable", step.size)},
+        changes=lambda _, step: {("tasks", step.id): ("prunable", step.content)},
     ),
     "prune": Operation(
         weight=1,
         perform=lambda db, _: db.prune(session_days=None),
-        changes=lambda model, _: {
-            ("tasks", task_id): None for task_id in ids_in(model, "tasks", "prunable")
-        },
+        changes=lambda model, _: {("tasks", each): None for each in ids_in(model, "prunable")},
     ),
     "append to a transcript": Operation(
-        weight=4,
+        weight=6,
         perform=lambda db, step: db.append_transcript(step.worker, "user", step.id),
         changes=lambda model, step: {
-            ("sessions", step.worker): (
-                *model.get(("sessions", step.worker), ("transcript",)),
-                step.id,
-            )
+            (key := ("sessions", step.worker)): (*model.get(key, ["transcript"]), step.id)
         },
     ),
     "delete a session": Operation(
-        weight=20,
-        candidates=sessions_beyond_sixty_entries,
+        weight=0.1,
+        ids=lambda model: ids_in(model, "transcript"),
         perform=lambda db, step: db.delete_session(step.id),
         changes=lambda _, step: {("sessions", step.id): None},
     ),
@@ -7783,7 +5699,7 @@ OPERATIONS = {
         weight=4,
         perform=increment_tally,
         changes=lambda model, step: {
-            ("tallies", step.worker): ("tally", model["tallies", step.worker][1] + 1)
+            (key := ("tallies", step.worker)): ("tally", model[key][1] + 1)
         },
     ),
     "store the configuration": Operation(
@@ -7796,14 +5712,10 @@ OPERATIONS = {
 
 def choose_step(model: Model, new_id: str, rng: random.Random) -> Step:
     """Choose among the operations that are possible now."""
-    possible = {}
-    for name, operation in OPERATIONS.items():
-        ids = [new_id] if operation.candidates is None else operation.candidates(model)
-        if ids:
-            possible[name] = ids
-    (name,) = rng.choices(list(possible), [OPERATIONS[each].weight for each in possible])
-    size = rng.randrange(1, rng.choice((10, 3_000, 60_000)))
-    return Step(name, rng.choice(possible[name]), size)
+    ids = {name: each.ids(model) if each.ids else [new_id] for name, each in OPERATIONS.items()}
+    possible = [name for name in ids if ids[name]]
+    (name,) = rng.choices(possible, [OPERATIONS[each].weight for each in possible])
+    return Step(name, rng.choice(ids[name]), rng.randrange(1, rng.choice((10, 3_000, 60_000))))
 
 
 def after_step(model: Model, step: Step) -> Model:
@@ -7812,40 +5724,37 @@ def after_step(model: Model, step: Step) -> Model:
     return {key: facts for key, facts in changed.items() if facts is not None}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Fault:
     """What happens to a worker during a step."""
 
     weight: int  # how often it is chosen, compared with the others
-    run: Callable[[Callable[[], object], OperatorDb, random.Random], object]
+    run: Callable[[Callable[[], object], str, random.Random], object]
     errors: tuple[type[OperatorDbError], ...] = ()  # after which nothing may have been stored
 
 
-def run_with_file_size_limit(
-    perform: Callable[[], object], db: OperatorDb, rng: random.Random
-) -> None:
-    size = os.stat(db.path).st_size
+def run_without_room(perform: Callable[[], object], path: str, rng: random.Random) -> None:
+    size = os.stat(path).st_size
     with file_size_limit(rng.choice((0, 30_000, size, 2 * size))):
         perform()
 
 
-FAULTS = {
-    "none": Fault(weight=94, run=lambda perform, db, rng: perform()),
-    "file size limit": Fault(weight=4, run=run_with_file_size_limit, errors=(StorageError,)),
-    "fork": Fault(weight=2, run=lambda perform, db, rng: in_child(perform)),
-}
+FAULTS = (
+    Fault(weight=94, run=lambda perform, *_: perform()),
+    Fault(weight=4, run=run_without_room, errors=(StorageError,)),
+    Fault(weight=2, run=lambda perform, *_: in_child(perform)),
+)
 
 
-def work(path: str, id_prefix: str, model: Model, rng: random.Random, say: Say) -> None:
+def work(path: str, prefix: str, model: Model, rng: random.Random, say: Say) -> None:
     """Do steps without end; say what begins, and whether it was acknowledged or refused."""
     db = OperatorDb(path, durable=rng.random() < 0.5)
-    weights = [fault.weight for fault in FAULTS.values()]
     for n in itertools.count():
-        step = choose_step(model, f"{id_prefix}-{n}", rng)
-        (fault,) = rng.choices(list(FAULTS.values()), weights)
-        say(json.dumps(dataclasses.asdict(step)))
+        step = choose_step(model, f"{prefix}-{n}", rng)
+        (fault,) = rng.choices(FAULTS, [each.weight for each in FAULTS])
+        say(json.dumps(step))
         try:
-            fault.run(partial(OPERATIONS[step.operation].perform, db, step), db, rng)
+            fault.run(partial(OPERATIONS[step.operation].perform, db, step), path, rng)
         except fault.errors:
             say("refused")
         else:
@@ -7853,145 +5762,112 @@ def work(path: str, id_prefix: str, model: Model, rng: random.Random, say: Say) 
             model = after_step(model, step)
 
 
-def differences(found: Model, model: Model) -> list[str]:
-    """Return where a worker's records are not as its model expects."""
-    return [
-        f"{':'.join(key)} is {found.get(key)}, not {model.get(key)}"
-        for key in {**model, **found}
-        if found.get(key) != model.get(key) and (key in found or model[key][0] not in SHARED)
-    ]
+def expected_of(model: Model, found: Model) -> Model:
+    """Return the model without what another worker may have removed or replaced."""
+    return {key: facts for key, facts in model.items() if key in found or facts[0] not in SHARED}
 
 
 class Soak:
     """Lets workers loose on one database, kills them, and compares what is stored, in rounds.
 
-    Every step of a worker that was acknowledged must be there. The step during which it was killed
-    may be there as a whole, or not at all.
+    Every step that was acknowledged must be there. The step during which a worker was killed may be
+    there as a whole, or not at all.
     """
 
-    WORKERS = ("0", "1", "2")
-    FLIPS = 10  # in each round
-
     def __init__(self, folder: str, seed: int) -> None:
-        self.folder, self.path = folder, os.path.join(folder, "operator.db")
-        self.seed, self.rng, self.round = seed, random.Random(seed), 0
-        self.models: dict[str, Model] = {}
+        self.path, self.seed, self.rng = (
+            os.path.join(folder, "operator.db"),
+            seed,
+            random.Random(seed),
+        )
+        self.models: dict[str, Model] = {
+            worker: {("tallies", worker): ("tally", 0)} for worker in "012"
+        }
         self.counts, self.failures = Counter[str](), list[str]()
         with OperatorDb(self.path) as db:
-            for worker in self.WORKERS:
+            db.store_config(OperatorConfig(keypairs={"main": "nobody's"}))
+            for worker in self.models:
                 tallies_of(db).put(Tally(name=worker))
-                db.store_config(OperatorConfig(keypairs={"main": worker}))
-                self.models[worker] = {
-                    ("tallies", worker): ("tally", 0),
-                    ("config", "operator"): ("config", worker),
-                }
-
-    def fail(self, kind: str, problem: str) -> None:
-        self.counts[kind] += 1
-        self.failures.append(f"round {self.round}: {problem[-3000:]}")  # the end of a traceback
 
     def run(self, minutes: float) -> None:
         """Go on for some minutes, or until something is wrong."""
         end = time.monotonic() + minutes * 60
-        while not self.failures and time.monotonic() < end:
-            self.round += 1
-            try:
-                stored = self.compare(self.let_workers_work())
-                if not self.failures:
-                    self.flip_bits(stored)
-            except OperatorDbError as error:
-                self.fail("losses", f"the database cannot be read: {error!r}")
-            left = max(0, end - time.monotonic())
+        while not self.failures and (left := end - time.monotonic()) > 0:
             show_progress(f"{left:5.0f} s left {dict(self.counts)}")
+            self.counts["rounds"] += 1
+            try:
+                pending = self.let_workers_work()
+                with OperatorDb(self.path) as db:
+                    self.failures += db.check()
+                    stored = {key: facts_of(record) for key, record in every_record(db)}
+                self.compare(stored, pending)
+                self.flip_bits(stored)
+            except (AssertionError, OperatorDbError) as error:  # of a worker, or of this process
+                self.failures.append(str(error)[-3000:])  # the end of a traceback
+                for pid in Child.alive:
+                    os.kill(pid, signal.SIGKILL)
         show_progress("")
 
     def let_workers_work(self) -> dict[str, Step | None]:
         """Start the workers and kill them; return the step in which each was killed, if any."""
         children = {}
         for worker, model in self.models.items():
-            prefix = f"{worker}-{self.round}"
+            prefix = f"{worker}-{self.counts['rounds']}"
             rng = random.Random(f"{self.seed} {prefix}")
-            action = partial(work, self.path, prefix, model, rng)
-            children[worker] = Child(action, seconds=120)
+            children[worker] = Child(partial(work, self.path, prefix, model, rng), seconds=120)
         return {worker: self.kill(worker, child) for worker, child in children.items()}
 
     def kill(self, worker: str, child: Child) -> Step | None:
         """Kill a worker after a while, and bring its model up to what it had said."""
-        said, lines = list[str](), self.rng.randrange(2, 200)
-        try:
-            while len(said) < lines:
-                said.append(child.line())
-            # this waits for a child that the worker has forked, too
-            said += child.kill(after=self.rng.uniform(0, 0.01))
-        except AssertionError as error:
-            self.fail("failed workers", f"worker {worker}: {error}")
-            if len(said) == lines:  # it failed when it had said more, which is not known
-                del self.models[worker]
-                return None
-        step: Step | None = None
+        said = [child.line() for _ in range(self.rng.randrange(2, 200))]
+        said += child.kill(after=self.rng.uniform(0, 0.01))  # and wait for a child of its own
+        self.counts["kills"] += 1
+        step = None
         for line in said:
             if step is None:
-                step = Step(**json.loads(line))
+                step = Step(*json.loads(line))
                 self.counts["operations"] += 1
-            elif line == "acknowledged":
+                continue
+            if line == "acknowledged":
                 self.models[worker] = after_step(self.models[worker], step)
-                self.counts["acknowledged"] += 1
-                step = None
-            else:
-                self.counts["faults"] += 1
-                step = None
-        self.counts["kills"] += 1
+            self.counts[line] += 1
+            step = None
         return step
 
-    def compare(self, pending: dict[str, Step | None]) -> Model:
-        """Compare what is stored with the models, and return it."""
-        with OperatorDb(self.path) as db:
-            for problem in db.check():
-                self.fail("problems", problem)
-            stored = {key: facts_of(record) for key, record in every_record(db)}
-        for key, facts in stored.items():
-            if "wrong" in facts:
-                self.fail("wrong records", f"{':'.join(key)} is not what was stored: {facts}")
+    def compare(self, stored: Model, pending: dict[str, Step | None]) -> None:
+        """Compare what is stored with each model, and with the model after a step that was cut."""
         for worker, model in self.models.items():
             found = {
                 key: facts
                 for key, facts in stored.items()
                 # the configuration is the record of the worker that stored it last
-                if worker == worker_of(facts[1] if key[0] == "config" else key[1])
+                if worker == (facts[1] if key[0] == "config" else key[1])[0]
             }
             step = pending[worker]
             possible = [model] if step is None else [after_step(model, step), model]
-            fitting = [each for each in possible if not differences(found, each)]
+            fitting = [each for each in possible if expected_of(each, found) == found]
             if fitting:
                 self.models[worker] = fitting[0]
             else:
-                wrong = differences(found, model)[:5]
-                self.fail("losses", f"worker {worker}, killed in {step}: {wrong}")
-        return stored
+                wrong = [
+                    f"{':'.join(key)} is {found.get(key)!s:.90}, not {model.get(key)!s:.90}"
+                    for key, _ in found.items() ^ expected_of(model, found).items()
+                ]
+                self.failures.append(f"worker {worker}, killed in {step}: {wrong[:5]}")
 
     def flip_bits(self, stored: Model) -> None:
-        """Flip a bit in each of some copies: a record may be refused then, but not be another."""
+        """Flip a bit in each of ten copies: a record may be refused then, but not be another."""
         image = read_bytes(self.path)
-        for _ in range(self.FLIPS):
+        for _ in range(10):
             self.counts["flips"] += 1
-            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            with tempfile.TemporaryDirectory(prefix="operator-soak-") as folder:
                 path = os.path.join(folder, "damaged.db")
                 write_bytes(path, with_flipped_bit(image, self.rng))
                 with suppress(OperatorDbError), OperatorDb(path, durable=False) as db:
                     db.check()
-                    for key, facts in stored.items():
-                        with suppress(DamagedError):
-                            record = get_record(db, *key)
-                            if record is not None and facts_of(record) != facts:
-                                name = ":".join(key)
-                                self.fail("wrong records", f"a flipped bit changed {name}")
-
-    def report(self, minutes: float) -> None:
-        names = ("operations", "acknowledged", "kills", "faults", "flips", "losses")
-        counts = ", ".join(f"{name} {self.counts[name]}" for name in (*names, "wrong records"))
-        print(f"seed {self.seed}, {minutes:g} minutes: {counts}")
-        for failure in self.failures[:5]:
-            print(f"FAIL (seed {self.seed}) {failure}")
+                    for key, record in every_record(db):
+                        if facts_of(record) != stored.get(key):
+                            self.failures.append(f"a flipped bit changed {':'.join(key)}")
 
 
 def soak(argv: list[str]) -> int:
@@ -8007,7 +5883,10 @@ def soak(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="operator-soak-") as folder:
         run = Soak(folder, options.seed)
         run.run(options.minutes)
-    run.report(options.minutes)
+    counts = ", ".join(f"{name} {count}" for name, count in run.counts.items())
+    print(f"seed {run.seed}, {options.minutes:g} minutes: {counts}, failures {len(run.failures)}")
+    for failure in run.failures[:5]:
+        print(f"FAIL (seed {run.seed}) {failure}")
     return 1 if run.failures else 0
 
 
@@ -8020,124 +5899,118 @@ class ByHand:
     It has no checks and no threads, and trusts that the file is its own.
     """
 
-    PRAGMAS = (
-        "fullfsync = ON",
-        "checkpoint_fullfsync = ON",
-        "secure_delete = ON",
-        "cell_size_check = ON",
-        "trusted_schema = OFF",
-        f"journal_size_limit = {16 * 2**20}",
-    )
-    CREATE = (
-        "CREATE TABLE {}"
-        "(key TEXT PRIMARY KEY NOT NULL, value TEXT NOT NULL, status TEXT, at INTEGER)"
-    )
-    INDEX = "CREATE INDEX {0}_status_at ON {0}(status, at)"
-    PUT = (
-        "INSERT INTO {} VALUES(?, ?, ?, ?) ON CONFLICT(key) DO UPDATE"
-        " SET value = excluded.value, status = excluded.status, at = excluded.at"
-    )
+    CREATE = "PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL"
+    CREATE_TABLE = """
+        CREATE TABLE {0}
+            (key TEXT PRIMARY KEY NOT NULL, value TEXT NOT NULL, status TEXT, at INTEGER);
+        CREATE INDEX {0}_status_at ON {0}(status, at)"""
+    OPEN = """
+        PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON; PRAGMA secure_delete = ON;
+        PRAGMA cell_size_check = ON; PRAGMA trusted_schema = OFF;
+        PRAGMA journal_size_limit = 16777216; PRAGMA synchronous = {}"""
+    PUT = """
+        INSERT INTO {} VALUES(?, ?, ?, ?) ON CONFLICT(key) DO UPDATE
+        SET value = excluded.value, status = excluded.status, at = excluded.at"""
     GET = "SELECT value FROM {} WHERE key = ?"
-    BY_STATUS = "SELECT value FROM tasks WHERE status = ? ORDER BY at"
-    BY_KEY = "SELECT value FROM tasks ORDER BY key"
-    LATEST_OF_STATUS = (
-        "SELECT * FROM (SELECT value, at FROM tasks WHERE status = '{}' ORDER BY at DESC LIMIT {})"
+    LATEST_OF_STATUS = """
+        SELECT * FROM (SELECT value, at FROM tasks WHERE status = '{}' ORDER BY at DESC LIMIT 10)"""
+    LATEST = "SELECT value FROM ({}) ORDER BY at DESC LIMIT 10".format(
+        " UNION ALL ".join(map(LATEST_OF_STATUS.format, TaskStatus))
     )
-    LATEST = "SELECT value FROM ({}) ORDER BY at DESC LIMIT {}"
 
-    def __init__(self, path: str, *, durable: bool = False) -> None:
+    def __init__(self, path: str, *, durable: bool) -> None:
         new = not os.path.exists(path)
         self.connection = sqlite3.connect(path, isolation_level=None)
         self.execute, self.close = self.connection.execute, self.connection.close
         if new:
-            self.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            self.execute("PRAGMA journal_mode = WAL")
-        for pragma in (f"synchronous = {'FULL' if durable else 'NORMAL'}", *self.PRAGMAS):
-            self.execute(f"PRAGMA {pragma}")
-        for table in ("tasks", "sessions", "session_log") if new else ():
-            self.execute(self.CREATE.format(table))
-            self.execute(self.INDEX.format(table))
+            tables = map(self.CREATE_TABLE.format, ("tasks", "sessions", "session_log"))
+            self.connection.executescript(";".join((self.CREATE, *tables)))
+        self.connection.executescript(self.OPEN.format("FULL" if durable else "NORMAL"))
 
-    @staticmethod
-    def decode(value: str) -> dict[str, Any]:
-        task: dict[str, Any] = json.loads(value)
-        task["payload"] = b64decode(task["payload"])
-        return task
+    def tasks(self, query: str, *values: str) -> Iterator[dict[str, Any]]:
+        for (value,) in self.execute(query, values):
+            task: dict[str, Any] = json.loads(value)
+            task["payload"] = b64decode(task["payload"])
+            yield task
 
-    def store_task(self, task: dict[str, Any]) -> None:
+    def get_task(self, task_id: str) -> dict[str, Any]:
+        return next(self.tasks(self.GET.format("tasks"), "tasks:" + task_id))
+
+    def list_tasks_by_status(self, status: str) -> list[dict[str, Any]]:
+        return [*self.tasks("SELECT value FROM tasks WHERE status = ? ORDER BY at", status)]
+
+    def list_latest(self) -> list[dict[str, Any]]:
+        return [*self.tasks(self.LATEST)]
+
+    def iter_tasks(self) -> Iterator[dict[str, Any]]:
+        return self.tasks("SELECT value FROM tasks ORDER BY key")
+
+    def put(self, task: dict[str, Any]) -> None:
         value = json.dumps({**task, "payload": b64encode(task["payload"]).decode()})
         at = task["claimed_at"] if task["completed_at"] is None else task["completed_at"]
         row = ("tasks:" + task["task_id"], value, task["status"], at)
         self.execute(self.PUT.format("tasks"), row)
 
-    def get_task(self, task_id: str) -> dict[str, Any] | None:
-        row = self.execute(self.GET.format("tasks"), ("tasks:" + task_id,)).fetchone()
-        return self.decode(row[0]) if row else None
+    def store(self, fields: dict[str, Any]) -> None:
+        """Store a task of these fields, and of those that TaskRecord fills in."""
+        status = fields["status"].value
+        history = [{"status": status, "at": fields["claimed_at"], "signature": None}]
+        absent = {"completed_at": None, "on_chain_signature": None, "reward_skr_tokens": None}
+        self.put({**fields, **absent, "status": status, "history": history})
 
-    def list_tasks_by_status(self, status: str) -> list[dict[str, Any]]:
-        return [self.decode(value) for (value,) in self.execute(self.BY_STATUS, (status,))]
-
-    def list_latest_tasks(self, count: int) -> list[dict[str, Any]]:
-        each = [self.LATEST_OF_STATUS.format(status.value, count) for status in TaskStatus]
-        rows = self.execute(self.LATEST.format(" UNION ALL ".join(each), count))
-        return [self.decode(value) for (value,) in rows]
-
-    def iter_tasks(self) -> Iterator[dict[str, Any]]:
-        return (self.decode(value) for (value,) in self.execute(self.BY_KEY))
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        self.execute("BEGIN IMMEDIATE")
+        yield
+        self.execute("COMMIT")
 
     def update_task_status(self, task_id: str, status: str) -> None:
-        self.execute("BEGIN IMMEDIATE")
-        task = self.get_task(task_id)
-        assert task is not None
-        task["history"].append({"status": status, "at": int(time.time()), "signature": None})
-        self.store_task({**task, "status": status})
-        self.execute("COMMIT")
+        with self.transaction():
+            task = self.get_task(task_id)
+            task["history"].append({"status": status, "at": int(time.time()), "signature": None})
+            self.put({**task, "status": status})
 
     def append_transcript(self, session_id: str, role: str, content: str) -> None:
-        now = int(time.time())
-        self.execute("BEGIN IMMEDIATE")
-        key = "sessions:" + session_id
-        row = self.execute(self.GET.format("sessions"), (key,)).fetchone()
-        session: dict[str, Any] = {"id": session_id, "tasks": [], "created_at": now, "entries": 0}
-        if row:
-            session = json.loads(row[0])
-        seq = session["entries"]
-        entry = {"log": session_id, "seq": seq, "content": content, "role": role, "timestamp": now}
-        entry_row = (f"session_log:{session_id}:{seq}", json.dumps(entry), session_id, seq)
-        self.execute(self.PUT.format("session_log"), entry_row)
-        session |= {"entries": seq + 1, "last_active": now}
-        self.execute(self.PUT.format("sessions"), (key, json.dumps(session), None, now))
-        self.execute("COMMIT")
+        now, key = int(time.time()), "sessions:" + session_id
+        with self.transaction():
+            row = self.execute(self.GET.format("sessions"), (key,)).fetchone()
+            session = {"id": session_id, "tasks": [], "created_at": now, "entries": 0}
+            if row:
+                session = json.loads(row[0])
+            seq = session["entries"]
+            entry = {"log": session_id, "seq": seq, "content": content, "role": role, "at": now}
+            entry_row = (f"session_log:{session_id}:{seq}", json.dumps(entry), session_id, seq)
+            self.execute(self.PUT.format("session_log"), entry_row)
+            session |= {"entries": seq + 1, "last_active": now}
+            self.execute(self.PUT.format("sessions"), (key, json.dumps(session), None, now))
+
+
+class Ours(OperatorDb):
+    """Our database, with the names of what is written otherwise by hand."""
+
+    def store(self, fields: dict[str, Any]) -> None:
+        self.store_task(TaskRecord(**fields))
+
+    def list_latest(self) -> list[TaskRecord]:
+        return self.list_tasks(limit=10, newest_first=True)
+
+
+Sides = tuple[ByHand, Ours]
 
 
 def fields_of_task(n: int, prefix: str = "") -> dict[str, Any]:
-    """Return the fields of a typical task.
-
-    Half of the tasks are completed, and long enough ago to be pruned. A hundred of the first 10,000
-    are disputed, however many there are in all.
-    """
+    """Return the fields of a typical task: half are completed and old, a hundred are disputed."""
     name = hashlib.sha256(b"%d" % n).hexdigest()
     status = TaskStatus.COMPLETED if n // 1_000 % 2 else TaskStatus.CLAIMED
     return {
         "task_id": prefix + name[:44],
         "payload": json.dumps({"url": f"https://example.org/{n}", "body": name * 3}).encode(),
         "status": TaskStatus.DISPUTED if n % 100 == 7 and n < 10_000 else status,
-        "claimed_at": Bench.START + n,
+        "claimed_at": 1_700_000_000 + n,
         "description": f"Summarise document {n}",
         "reward_lamports": 5_000_000 + n,
         "creator": DEVNET_CREATOR,
     }
-
-
-def dict_of_task(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the same task as a dict, with the fields that TaskRecord fills in."""
-    status = fields["status"].value
-    history = [{"status": status, "at": fields["claimed_at"], "signature": None}]
-    absent = {"completed_at": None, "on_chain_signature": None, "reward_skr_tokens": None}
-    return {**fields, **absent, "status": status, "history": history}
-
-
-Action = Callable[[int], object]
 
 
 class Bench:
@@ -8147,11 +6020,9 @@ class Bench:
     waiting is part of the work: for the disk, for processes, for other threads.
     """
 
-    START = int(time.time()) - 3 * 365 * DAY  # when the first task was claimed
-    BATCH = 2_500  # tasks in one transaction of the bulk load
-
     def __init__(self, folder: str, rows: int) -> None:
-        self.folder = folder
+        self.folder, self.tasks = folder, 0  # so many are stored now
+        self.ids: list[str] = []  # of tasks anywhere among them
         self.sizes = [size for size in (10_000, 100_000, 1_000_000) if size < rows] + [rows]
         self.measures: list[dict[str, Any]] = []
         self.figures: dict[str, float] = {}
@@ -8160,50 +6031,59 @@ class Bench:
         self.measure_imports()
         self.measure_durable_stores()
         self.measure_threads()
-        for before, size in itertools.pairwise((0, *self.sizes)):
-            self.measure_size(before, size)
-            self.measure_memory(size)
-        self.measure_long_session()
+        with self.both("long session ") as sides:
+            self.measure_appends(sides, 50_000)
+        for size in self.sizes:
+            with self.both() as sides:
+                self.measure_bulk_load(sides, size)
+                self.measure_calls(sides)
+            self.measure_opening()
+            self.measure_memory()
         self.measure_prune()
         show_progress("")
-        first = [each["operation"] for each in self.measures].index
-        self.measures.sort(key=lambda each: first(each["operation"]))
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
+    @contextmanager
+    def both(self, prefix: str = "", *, durable: bool = False) -> Iterator[Sides]:
+        """Open a database by hand and one of ours."""
+        with (
+            closing(ByHand(self.path(f"{prefix}ByHand"), durable=durable)) as by_hand,
+            Ours(self.path(f"{prefix}Ours"), durable=durable) as ours,
+        ):
+            yield by_hand, ours
+
     def compare(
         self,
+        sides: tuple[Any, Any],
         operation: str,
-        by_hand: Action,
-        ours: Action,
+        action: Callable[[Any, int], object],
         *,
-        at_most: float | None = None,
-        tasks: int = 0,
         rounds: int = 15,
         calls: int = 100,
         each: int = 1,
-        prepare: Action = lambda turn: None,
+        at_most: float | None = None,
+        prepare: Callable[[int], object] = lambda turn: None,
         clock: Callable[[], float] = time.thread_time,
     ) -> None:
-        """Call both actions with a growing number, in rounds of so many calls.
+        """Call an action with either side and a growing number, in rounds of so many calls.
 
         Notes the medians of the microseconds that a call takes, or one of the `each` things that it
         does, and the median of the rounds' ratios. `prepare` is called before each round.
         """
-        actions = (by_hand, ours)
         times: tuple[list[float], list[float]] = ([], [])
         for turn in range(rounds):
-            show_progress(f"{operation}, {tasks:,} tasks, round {turn + 1} of {rounds}")
+            show_progress(f"{operation}, {self.tasks:,} tasks, round {turn + 1} of {rounds}")
             prepare(turn)
-            for side in (0, 1) if turn % 2 else (1, 0):
-                action, began = actions[side], clock()
+            for which in (0, 1) if turn % 2 else (1, 0):
+                side, began = sides[which], clock()
                 for number in range(turn * calls, (turn + 1) * calls):
-                    action(number)
-                times[side].append((clock() - began) / calls / each * 1e6)
+                    action(side, number)
+                times[which].append((clock() - began) / calls / each * 1e6)
         measure = {
             "operation": operation,
-            "tasks": tasks,
+            "tasks": self.tasks,
             "by_hand_us": statistics.median(times[0]),
             "ours_us": statistics.median(times[1]),
             "ratio": statistics.median(ours / hand for hand, ours in zip(*times, strict=True)),
@@ -8211,225 +6091,145 @@ class Bench:
         }
         self.measures.append(measure)
 
-    def measure_size(self, before: int, size: int) -> None:
-        """Load both databases up to a number of tasks, and measure what should not depend on it."""
-        hand = ByHand(self.path("hand.db"))
-        with closing(hand), OperatorDb(self.path("ours.db"), durable=False) as db:
-            self.measure_bulk_load(hand, db, before, size)
-            self.measure_reads(hand, db, size)
-            self.measure_writes(hand, db, size)
-        self.measure_opening(size)
+    def measure_bulk_load(self, sides: Sides, size: int) -> None:
+        before, self.tasks, batch = self.tasks, size, list[dict[str, Any]]()
+        in_batch = min(2_500, size - before)
 
-    def measure_bulk_load(self, hand: ByHand, db: OperatorDb, before: int, size: int) -> None:
-        batch: list[dict[str, Any]] = []
+        def make_batch(turn: int) -> None:
+            first = before + turn * in_batch
+            batch[:] = map(fields_of_task, range(first, min(first + in_batch, size)))
 
-        def next_batch(turn: int) -> None:
-            first = before + turn * self.BATCH
-            batch[:] = map(fields_of_task, range(first, min(first + self.BATCH, size)))
-
-        def load_by_hand(_: int) -> None:
-            hand.execute("BEGIN IMMEDIATE")
-            for fields in batch:
-                hand.store_task(dict_of_task(fields))
-            hand.execute("COMMIT")
-
-        def load_ours(_: int) -> None:
-            with db.transaction():
+        def load(by: ByHand | Ours, _: int) -> None:
+            with by.transaction():
                 for fields in batch:
-                    db.store_task(TaskRecord(**fields))
+                    by.store(fields)
 
-        self.compare(
-            "bulk load, each task",
-            load_by_hand,
-            load_ours,
-            at_most=1.7,
-            tasks=size,
-            rounds=-(-(size - before) // self.BATCH),
-            calls=1,
-            each=min(self.BATCH, size - before),
-            prepare=next_batch,
-        )
-
-    def measure_reads(self, hand: ByHand, db: OperatorDb, size: int) -> None:
-        compare, both, ids = partial(self.compare, tasks=size), (hand, db), self.some_ids(size)
-        get = [lambda n, by=by: by.get_task(ids[n]) for by in both]
-        compare("get_task", *get, at_most=1.45)
-        disputed = [lambda _, by=by: by.list_tasks_by_status("disputed") for by in both]
-        compare("list_tasks_by_status, 100 tasks", *disputed, at_most=1.6, calls=10)
-        latest = (
-            lambda _: hand.list_latest_tasks(10),
-            lambda _: db.list_tasks(limit=10, newest_first=True),
-        )
-        compare("list_tasks, latest 10", *latest, calls=20)
-        walk = [lambda _, by=by: deque(by.iter_tasks(), 0) for by in both]
-        compare("iter_tasks, each task", *walk, rounds=3, calls=1, each=size)
-
-    def measure_writes(self, hand: ByHand, db: OperatorDb, size: int) -> None:
-        compare = partial(self.compare, tasks=size)
-        new = [fields_of_task(n, f"new {size} ") for n in range(1_500)]
-        store = (
-            lambda n: hand.store_task(dict_of_task(new[n])),
-            lambda n: db.store_task(TaskRecord(**new[n])),
-        )
-        compare("store_task", *store, at_most=1.8)
-        update = [
-            lambda n, by=by: by.update_task_status(new[n]["task_id"], "in_progress")
-            for by in (hand, db)
-        ]
-        compare("update_task_status", *update, at_most=1.7)
-        for entries in (10, 10_000):
-            self.measure_appends(hand, db, entries, size)
-
-    def measure_appends(self, hand: ByHand, db: OperatorDb, entries: int, tasks: int = 0) -> None:
-        """Compare appends to a transcript that has so many entries."""
-        name = f"{entries} {tasks}"
-        append: list[Action] = [
-            partial(lambda by, _: by.append_transcript(name, "user", "some words"), by)
-            for by in (hand, db)
-        ]
-        for n in range(entries):
-            for action in append:
-                action(n)
-        operation = f"append_transcript, entry {entries:,}"
-        self.compare(operation, *append, at_most=1.6, tasks=tasks, calls=5)
-
-    def measure_opening(self, size: int) -> None:
-        ids = self.some_ids(size)
-
-        def open_and_get(kind: type[ByHand | OperatorDb], path: str, n: int) -> None:
-            with closing(kind(path)) as opened:
-                opened.get_task(ids[n])
-
-        by_hand = partial(open_and_get, ByHand, self.path("hand.db"))
-        ours = partial(open_and_get, OperatorDb, self.path("ours.db"))
-        self.compare("open, get_task, close", by_hand, ours, at_most=2.2, tasks=size, calls=5)
-
-    @staticmethod
-    def some_ids(size: int) -> list[str]:
-        """Return the ids of tasks anywhere among so many."""
         rng = random.Random(size)
-        return [fields_of_task(rng.randrange(size))["task_id"] for _ in range(1_500)]
+        self.ids = [fields_of_task(rng.randrange(size))["task_id"] for _ in range(1_500)]
+        compare = partial(self.compare, sides, at_most=1.7, prepare=make_batch)
+        turns = -(-(size - before) // in_batch)
+        compare("bulk load, each task", load, rounds=turns, calls=1, each=in_batch)
 
-    def measure_long_session(self) -> None:
-        hand = ByHand(self.path("long-hand.db"))
-        with closing(hand), OperatorDb(self.path("long.db"), durable=False) as db:
-            self.measure_appends(hand, db, 50_000)
+    def measure_calls(self, sides: Sides) -> None:
+        """Compare what should not depend on how many tasks there are."""
+        compare, ids = partial(self.compare, sides), self.ids
+        new = [fields_of_task(n, f"new {self.tasks} ") for n in range(1_500)]
+
+        def start(by: ByHand | Ours, n: int) -> None:
+            by.update_task_status(new[n]["task_id"], "in_progress")
+
+        def list_disputed(by: ByHand | Ours, _: int) -> None:
+            by.list_tasks_by_status("disputed")
+
+        def walk(by: ByHand | Ours, _: int) -> None:
+            deque(by.iter_tasks(), 0)
+
+        compare("get_task", lambda by, n: by.get_task(ids[n]), at_most=1.45)
+        compare("list_tasks_by_status, 100 tasks", list_disputed, at_most=1.6, calls=10)
+        compare("list_tasks, latest 10", lambda by, _: by.list_latest(), calls=20)
+        compare("iter_tasks, each task", walk, rounds=3, calls=1, each=self.tasks)
+        compare("store_task", lambda by, n: by.store(new[n]), at_most=1.8)
+        compare("update_task_status", start, at_most=1.7)
+        for entries in (10, 10_000):
+            self.measure_appends(sides, entries)
+
+    def measure_appends(self, sides: Sides, entries: int) -> None:
+        """Compare appends to a transcript that has so many entries."""
+
+        def append(by: ByHand | Ours, _: int) -> None:
+            by.append_transcript(f"{entries} {self.tasks}", "user", "some words")
+
+        for side, n in itertools.product(sides, range(entries)):
+            append(side, n)
+        self.compare(sides, f"append_transcript, entry {entries:,}", append, at_most=1.6, calls=5)
+
+    def measure_opening(self) -> None:
+        def open_and_get(kind: type[ByHand | Ours], n: int) -> None:
+            with closing(kind(self.path(kind.__name__), durable=False)) as opened:
+                opened.get_task(self.ids[n])
+
+        self.compare((ByHand, Ours), "open, get_task, close", open_and_get, at_most=2.2, calls=5)
 
     def measure_durable_stores(self) -> None:
         """Compare stores that have reached the disk when they return: one by hand, one of ours."""
-        hand = ByHand(self.path("durable-hand.db"), durable=True)
         new = [fields_of_task(n) for n in range(500)]
-        with closing(hand), OperatorDb(self.path("durable.db")) as db:
-            self.compare(
-                "store_task, durable",
-                lambda n: hand.store_task(dict_of_task(new[n])),
-                lambda n: db.store_task(TaskRecord(**new[n])),
-                at_most=1.15,
-                rounds=len(new),
-                calls=1,
-                clock=time.perf_counter,
-            )
+        with self.both("durable ", durable=True) as sides:
+            compare = partial(self.compare, sides, at_most=1.15, clock=time.perf_counter)
+            compare("store_task, durable", lambda by, n: by.store(new[n]), rounds=500, calls=1)
 
     def measure_imports(self) -> None:
         """Compare a process that imports the module with one that imports what it stands on."""
-        environment = {**os.environ, "PYTHONPYCACHEPREFIX": self.path("compiled")}
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        # an empty variable is as none
+        compiled = {"PYTHONPYCACHEPREFIX": self.path("compiled"), "PYTHONDONTWRITEBYTECODE": ""}
 
         def import_in_process(names: str, _: int) -> None:
             command = [sys.executable, "-c", f"import {names}"]
-            subprocess.run(command, cwd=HERE, env=environment, check=True)
+            subprocess.run(command, cwd=HERE, env={**os.environ, **compiled}, check=True)
 
-        by_hand = partial(import_in_process, "sqlite3, json, dataclasses")
-        ours = partial(import_in_process, "operator_db")
-        compare = partial(self.compare, calls=1, clock=time.perf_counter)
-        by_hand(0)  # which compiles what is imported
-        ours(0)
-        compare("import in a new process", by_hand, ours, at_most=1.3, rounds=21)
-        environment["PYTHONDONTWRITEBYTECODE"] = "1"
-        for compiled in Path(self.path("compiled")).rglob("operator_db.*.pyc"):
-            compiled.unlink()
-        compare("import, not yet compiled", by_hand, ours, rounds=5)
+        sides = ("sqlite3, json, dataclasses", "operator_db")
+        for side in sides:
+            import_in_process(side, 0)  # which compiles what is imported
+        compare = partial(self.compare, sides, at_most=1.3, clock=time.perf_counter)
+        compare("import in a new process", import_in_process, rounds=21, calls=1)
 
     def measure_threads(self) -> None:
         """Note how many tasks a second one thread stores, and sixteen through one handle."""
-        tasks, rounds = 3_200, 5
-        speeds: dict[int, list[float]] = {1: [], 16: []}
-        for turn in range(rounds):
-            for count in speeds:
-                show_progress(f"{count} threads store tasks, round {turn + 1} of {rounds}")
-                path = self.path(f"{count} threads {turn}.db")
-                with OperatorDb(path, durable=False) as db:
+        tasks, speeds = 3_200, {1: list[float](), 16: list[float]()}
+        for turn, count in itertools.product(range(5), speeds):
+            show_progress(f"{count} threads store tasks, round {turn + 1} of 5")
+            names = [f"{turn} {n}" for n in range(tasks)]
+            with Ours(self.path(f"{count} threads"), durable=False) as db:
+                began = time.perf_counter()
+                run_in_threads(*(partial(store_tasks, db, *names[n::count]) for n in range(count)))
+                speeds[count].append(tasks / (time.perf_counter() - began))
+        shares = [many / one * 100 for one, many in zip(*speeds.values(), strict=True)]
+        for name, values in (
+            ("store_task, calls a second with 1 thread", speeds[1]),
+            ("store_task, calls a second with 16 threads", speeds[16]),
+            ("store_task, 16 threads in % of one thread (at least 80)", shares),
+        ):
+            self.figures[name] = round(statistics.median(values))
 
-                    def store(thread: int, count: int = count, db: OperatorDb = db) -> None:
-                        store_tasks(db, *(f"{thread} {n}" for n in range(tasks // count)))
-
-                    began = time.perf_counter()
-                    run_in_threads(*(partial(store, thread) for thread in range(count)))
-                    speeds[count].append(tasks / (time.perf_counter() - began))
-        for count, each in speeds.items():
-            name = f"store_task, calls a second with {count} threads"
-            self.figures[name] = round(statistics.median(each))
-        shares = [many / one for one, many in zip(*speeds.values(), strict=True)]
-        name = "store_task, 16 threads in % of one thread (at least 80)"
-        self.figures[name] = round(statistics.median(shares) * 100)
-
-    def measure_memory(self, size: int) -> None:
+    def measure_memory(self) -> None:
         """Note the peak memory of new processes, each of which meets every task; on Linux alone."""
         if sys.platform != "linux":
             return
-        program = (
-            "import sys; from collections import deque; from operator_db import OperatorDb\n"
-            "with OperatorDb(sys.argv[1], durable=False) as db: {}\n"
-            "status = open('/proc/self/status')\n"
-            "print(*(line.split()[1] for line in status if line.startswith('VmHWM')))"
-        )
-        shutil.copy(self.path("ours.db"), self.path("pruned.db"))
-        actions = {
-            "pass": "ours.db",
-            "deque(db.iter_tasks(), 0)": "ours.db",
-            "db.export(sys.argv[2])": "ours.db",
-            "db.import_(sys.argv[2])": f"imported {size}.db",
-            "db.prune()": "pruned.db",
-        }
-        for action, name in actions.items():
-            show_progress(f"memory of {action}, {size:,} tasks")
-            arguments = [program.format(action), self.path(name), self.path("export")]
-            command = [sys.executable, "-c", *arguments]
-            peak = subprocess.run(command, cwd=HERE, check=True, capture_output=True).stdout
-            figure = f"peak memory in MB of {action}, {size:,} tasks"
-            self.figures[figure] = round(int(peak) / 1024, 1)
+        program = """if True:
+            from collections import deque
+            with OperatorDb(sys.argv[1], durable=False) as db:
+                {}
+            status = open("/proc/self/status")
+            print(*(line.split()[1] for line in status if line.startswith("VmHWM")))"""
+        shutil.copy(self.path("Ours"), self.path("pruned"))
+        for action, name in (
+            ("pass", "Ours"),
+            ("deque(db.iter_tasks(), 0)", "Ours"),
+            ("db.export(sys.argv[2])", "Ours"),
+            ("db.import_(sys.argv[2])", f"imported {self.tasks}"),
+            ("db.prune()", "pruned"),
+        ):
+            show_progress(f"memory of {action}, {self.tasks:,} tasks")
+            paths = self.path(name), self.path("export")
+            done = run_program(program.format(action), *paths, timeout=None)
+            figure = f"peak memory in MB of {action}, {self.tasks:,} tasks"
+            self.figures[figure] = round(int(done.stdout) / 1024, 1)
 
     def measure_prune(self) -> None:
-        """Prune half of the tasks while another thread writes, and note how long that waited."""
-        db, done, waits = OperatorDb(self.path("ours.db"), durable=False), threading.Event(), [0.0]
-
-        def write() -> None:
-            while not done.is_set():
+        """Prune half of the tasks in another thread, and note how long writes wait meanwhile."""
+        show_progress("prune while another thread writes")
+        waits = [0.0]
+        with Ours(self.path("Ours"), durable=False) as db, ThreadPoolExecutor(1) as pool:
+            pruning = pool.submit(db.prune)
+            while not pruning.done():
                 began = time.perf_counter()
                 store_tasks(db, f"meanwhile {len(waits)}")
                 waits.append(time.perf_counter() - began)
-
-        show_progress("prune while another thread writes")
-        with db, in_background(write):
-            try:
-                began = time.thread_time()
-                pruned = db.prune().tasks
-                seconds = time.thread_time() - began
-            finally:
-                done.set()
-        self.figures["prune, tasks"] = pruned
-        self.figures["prune, microseconds a task"] = round(seconds / pruned * 1e6, 1)
-        self.figures["prune, writes of another thread meanwhile"] = len(waits) - 1
-        self.figures["prune, longest of these writes in ms"] = round(max(waits) * 1e3, 1)
-
-    def report(self) -> None:
-        columns = ("tasks", "by hand", "ours", "ratio", "at most")
-        print("{:32}{:>10}{:>12}{:>12}{:>8}{:>9}".format("median microseconds", *columns))
-        line = "{operation:32}{tasks:10,}{by_hand_us:12,.1f}{ours_us:12,.1f}{ratio:8.2f}{most:>9}"
-        for measure in self.measures:
-            print(line.format(**measure, most=measure["at_most"] or ""))
-        for name, figure in self.figures.items():
-            print(f"{name:62}{figure:12,}")
+        self.figures |= {
+            "prune, tasks": pruning.result().tasks,
+            "prune, microseconds a task": round(sum(waits) / pruning.result().tasks * 1e6, 1),
+            "prune, writes of another thread meanwhile": len(waits) - 1,
+            "prune, longest of these writes in ms": round(max(waits) * 1e3, 1),
+        }
 
 
 def bench(argv: list[str]) -> int:
@@ -8443,36 +6243,20 @@ def bench(argv: list[str]) -> int:
         run.run()
     if options.json:
         print(json.dumps({"measures": run.measures, "figures": run.figures}, indent=1))
-    else:
-        run.report()
+        return 0
+    columns = ("tasks", "by hand", "ours", "ratio", "at most")
+    print("{:32}{:>10}{:>12}{:>12}{:>8}{:>9}".format("median microseconds", *columns))
+    line = "{operation:32}{tasks:10,}{by_hand_us:12,.1f}{ours_us:12,.1f}{ratio:8.2f}{most:>9}"
+    for measure in run.measures:
+        print(line.format(**measure, most=measure["at_most"] or ""))
+    for name, figure in run.figures.items():
+        print(f"{name:62}{figure:12,}")
     return 0
 
 
 # ==== Running =====================================================================================
 
 LAST_LINE = re.compile(r"(\d+) passed, (\d+) failed(?:, (\d+) skipped)?\n\Z")
-
-
-class CountingResult(unittest.TextTestResult):
-    """Counts tests, where unittest counts each failure of a `subTest`, too."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.passed = 0
-
-    def addSuccess(self, test: unittest.TestCase) -> None:
-        super().addSuccess(test)
-        self.passed += 1
-
-    def counts(self) -> tuple[int, int, int]:
-        """Return how many passed, failed and were skipped."""
-
-        def names(outcomes: list[tuple[Any, str]]) -> set[str]:
-            return {getattr(test, "test_case", test).id() for test, _ in outcomes}
-
-        failed = names(self.failures) | names(self.errors)
-        skipped = names(self.skipped) - failed
-        return self.passed, len(failed) + len(self.unexpectedSuccesses), len(skipped)
 
 
 def classes_with_tests() -> list[str]:
@@ -8488,10 +6272,15 @@ def classes_with_tests() -> list[str]:
 def run_tests(names: list[str]) -> tuple[int, int, int]:
     """Run classes or tests in this process; return how many passed, failed and were skipped."""
     suite = unittest.defaultTestLoader.loadTestsFromNames(names, sys.modules[__name__])
-    runner = unittest.TextTestRunner(warnings="error", resultclass=CountingResult)
-    result = runner.run(suite)
-    assert isinstance(result, CountingResult)
-    return result.counts()
+    result = unittest.TextTestRunner(warnings="error").run(suite)
+
+    def tests(*outcomes: tuple[Any, str]) -> set[str]:
+        """Return the ids of tests, where unittest counts each failure of a `subTest`."""
+        return {getattr(test, "test_case", test).id() for test, _ in outcomes}
+
+    failed = tests(*result.failures, *result.errors)
+    skipped = tests(*result.skipped) - failed
+    return result.testsRun - len(failed | skipped), len(failed), len(skipped)
 
 
 def run_in_two_processes(names: list[str]) -> tuple[int, int, int]:
@@ -8527,13 +6316,10 @@ def main(argv: list[str]) -> int:
         # so that not every process has to compile the module
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         os.environ.setdefault("PYTHONPYCACHEPREFIX", compiled)
-        all_names = classes_with_tests()
-        if names:
-            counts = run_tests(names)
-        elif len(all_names) < 2 or sys.gettrace() or "coverage" in sys.modules:
-            counts = run_tests(all_names)  # coverage follows one process
+        if names or sys.gettrace() or "coverage" in sys.modules:  # which follows one process
+            counts = run_tests(names or classes_with_tests())
         else:
-            counts = run_in_two_processes(all_names)
+            counts = run_in_two_processes(classes_with_tests())
     passed, failed, skipped = counts
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return 1 if failed or not (passed or skipped) else 0
