@@ -70,6 +70,7 @@ from operator_db import (
     ClosedError,
     ConflictError,
     DamagedError,
+    FileReplacedError,
     ForeignFileError,
     InvalidRecordError,
     NewerSchemaError,
@@ -198,18 +199,24 @@ def store_secrets(db: OperatorDb) -> None:
 
 def fill(path: str, tasks: int = 40) -> None:
     """Make a database with some of everything."""
-    with OperatorDb(path, durable=False) as db, db.transaction():
-        for n in range(tasks):
-            payload = random.Random(n).randbytes(n * 97 % 3000)
-            status = list(TaskStatus)[n % 5]
-            db.store_task(TaskRecord(task_id=f"t{n}", payload=payload, status=status, claimed_at=n))
-            if n % 2:
-                db.store_proof(proof(f"t{n}", b"out%d" % n, submitted=n % 4 == 1))
-        for n in range(30):
-            db.append_transcript(f"s{n % 3}", "user", f"utterance {n} " * 9, timestamp=n)
-        db.append_command("s0", "status", timestamp=5)
-        db.store_config(OperatorConfig(keypairs={"main": "k" * 40}, capabilities=["voice"]))
-        tallies_of(db).put(Tally(name="one", count=1))
+    with OperatorDb(path, durable=False) as db:
+        tallies = tallies_of(db)
+        with db.transaction():
+            fill_tables(db, tallies, tasks)
+
+
+def fill_tables(db: OperatorDb, tallies: operator_db.Namespace[Tally], tasks: int) -> None:
+    for n in range(tasks):
+        payload = random.Random(n).randbytes(n * 97 % 3000)
+        status = list(TaskStatus)[n % 5]
+        db.store_task(TaskRecord(task_id=f"t{n}", payload=payload, status=status, claimed_at=n))
+        if n % 2:
+            db.store_proof(proof(f"t{n}", b"out%d" % n, submitted=n % 4 == 1))
+    for n in range(30):
+        db.append_transcript(f"s{n % 3}", "user", f"utterance {n} " * 9, timestamp=n)
+    db.append_command("s0", "status", timestamp=5)
+    db.store_config(OperatorConfig(keypairs={"main": "k" * 40}, capabilities=["voice"]))
+    tallies.put(Tally(name="one", count=1))
 
 
 def every_record(db: OperatorDb) -> Iterator[tuple[tuple[str, str], Any]]:
@@ -315,6 +322,14 @@ def open_descriptors(folder: str) -> int:
         with suppress(OSError):
             found += os.readlink(f"/proc/self/fd/{name}").startswith(folder)
     return found
+
+
+def run_main(*arguments: str) -> tuple[int, str]:
+    """Run a command in this process; return its status and all that it printed."""
+    printed = StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        status = operator_db.main([*arguments])
+    return status, printed.getvalue()
 
 
 # ==== Faults ======================================================================================
@@ -491,7 +506,8 @@ def at_each_call(action: Callable[[], object]) -> Iterator[Callable[[], int]]:
     try:
         yield lambda: count
     finally:
-        sys.setprofile(None)
+        if sys.getprofile() is look:  # not when it is collected late, and another has begun
+            sys.setprofile(None)
 
 
 @contextmanager
@@ -614,6 +630,19 @@ class FaultDriver:
         wanted = (self.after,) if "acknowledged" in said else (self.before, self.after)
         self.test.assertTrue(found in wanted, f"{fault}: {found} is neither before nor after")
         self.outcomes[f"{fault}: {'after' if found == self.after else 'before'}"] += 1
+
+
+def staying_open(use: Callable[[], object]) -> Child:
+    """Return a child that has made something and keeps it until the child is killed."""
+
+    def work(say: Say) -> None:
+        kept = use()
+        say(f"done: {kept}")
+        signal.pause()
+
+    child = Child(work)
+    child.line()
+    return child
 
 
 # ==== The base of every class =====================================================================
@@ -1117,6 +1146,186 @@ class RecordsReadBackAsTheyWereStored(DatabaseTest):
                 compact = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
                 self.assertEqual(value, compact)
 
+    def store_while_changing(self, change: Callable[[int], object], store: Verb) -> int:
+        """Store 20 times while another thread calls change(1), change(2) and so on.
+
+        Returns how often that was not refused.
+        """
+        stored, stop = 0, threading.Event()
+
+        def keep_changing() -> None:
+            for n in itertools.count(1):
+                change(n)
+                if stop.is_set():
+                    return
+
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-5)
+        with in_background(keep_changing), ExitStack() as stack:
+            stack.callback(stop.set)
+            for _ in range(20):
+                with suppress(InvalidRecordError):
+                    store(self.db)
+                    stored += 1
+        return stored
+
+    def test_a_record_whose_fields_another_thread_replaces_is_stored_as_it_was(self) -> None:
+        """Each moment has a number, by which every field is known."""
+        devices, payloads = devices_of(self.db), [bytes([n]) * 300_000 for n in range(5)]
+
+        def task_at(n: int) -> dict[str, Any]:
+            status = list(TaskStatus)[n % 5]
+            moves = [StatusChange(status=status, at=at) for at in range(n, n + 40)]
+            times = {"claimed_at": n, "completed_at": n}
+            return {"status": status, "payload": payloads[n % 5], "history": moves, **times}
+
+        def session_at(n: int) -> dict[str, Any]:
+            said = [TranscriptEntry(role="user", content=str(n), timestamp=n)] * (n % 9)
+            return {"transcript": said, "command_history": [str(n)] * (n % 9), "last_active": n}
+
+        def config_at(n: int) -> dict[str, Any]:
+            preferences = {"deep": [{"n": [n] * 50}] * 5}
+            return {"keypairs": {str(n): "k"}, "model_preferences": preferences, "network": str(n)}
+
+        def device_at(n: int) -> dict[str, Any]:
+            parts = [Part(str(n), bytes(n % 1000)) for _ in range(20)]
+            more = {"by_name": {str(n): b""}, "anything": {"n": [n] * 30}}
+            return {"status": str(n), "last_seen": n, "part": parts[0], "parts": parts, **more}
+
+        def store_task(db: OperatorDb) -> TaskRecord:
+            db.delete_task("t")
+            return db.store_task(task)
+
+        def store_session(db: OperatorDb) -> None:
+            db.delete_session("s")
+            db.store_session(session)
+
+        task, session = TaskRecord(task_id="t"), SessionState(session_id="s")
+        config, device = OperatorConfig(), PairedDevice(device_id="d")
+        for record, at, number, store, read in (
+            (task, task_at, "claimed_at", store_task, lambda db: db.get_task("t")),
+            (session, session_at, "last_active", store_session, lambda db: db.get_session("s")),
+            (
+                config,
+                config_at,
+                "network",
+                lambda db: db.store_config(config),
+                OperatorDb.get_config,
+            ),
+            (
+                device,
+                device_at,
+                "status",
+                lambda _: devices.put(device),
+                lambda _: devices.get("d"),
+            ),
+        ):
+
+            def change(n: int, record: Any = record, at: Any = at) -> None:
+                vars(record).update(at(n))
+
+            def store_and_read(
+                db: OperatorDb,
+                at: Any = at,
+                number: str = number,
+                store: Any = store,
+                read: Any = read,
+            ) -> None:
+                returned, found = store(db), read(db)
+                self.assertEqual(found, replace(found, **at(int(getattr(found, number)))))
+                self.assertTrue(returned in (None, True, found))
+
+            with self.subTest(type(record).__name__):
+                change(0)
+                self.assertEqual(self.store_while_changing(change, store_and_read), 20)
+        self.assertEqual(self.db.check(), [])
+
+    def test_a_record_that_another_thread_changes_in_place_is_stored_readable_or_refused(
+        self,
+    ) -> None:
+        devices, numbers = devices_of(self.db), itertools.count()
+        task, session = (
+            TaskRecord(task_id="t", payload=bytes(300_000)),
+            SessionState(session_id="s"),
+        )
+        config = OperatorConfig(model_preferences={"deep": {}})
+        device = PairedDevice(device_id="d", parts=[Part("a") for _ in range(50)], anything=[{}])
+
+        def change_task(n: int) -> None:
+            task.history.append(StatusChange(status=list(TaskStatus)[n % 5], at=n))
+            task.status = list(TaskStatus)[n % 5] if n % 50 else "lost"  # which is none
+            del task.history[:-90]
+
+        def change_session(n: int) -> None:
+            session.transcript.append(TranscriptEntry(role="user", content=str(n)))
+            session.command_history.append(str(n))
+            del session.transcript[:-90], session.command_history[:-70]
+
+        def change_config(n: int) -> None:
+            deep = config.model_preferences["deep"]
+            deep[str(n % 90)] = {"n": [n] * (n % 20)}
+            deep.pop(str(n * 7 % 90), None)
+            config.capabilities = ["voice"] if n % 50 else [5]
+
+        def change_device(n: int) -> None:
+            device.parts[n % 50].name = str(n) if n % 50 else n
+            device.part = None if n % 2 else Part(str(n))
+            device.by_name[str(n % 90)] = b"" if n % 500 else ""
+            device.by_name.pop(str(n * 7 % 90), None)
+            device.anything[0][str(n % 90)] = [n] * (n % 20)
+            device.anything[0].pop(str(n * 7 % 90), None)
+            device.status, device.last_seen = str(n % 5), n
+
+        def store_task(db: OperatorDb) -> None:
+            vars(task)["task_id"] = f"t{next(numbers)}"
+            stored = db.store_task(task)
+            self.assertEqual(db.get_task(stored.task_id), stored)
+
+        def store_session(db: OperatorDb) -> None:
+            vars(session)["session_id"] = f"s{next(numbers)}"
+            db.store_session(session)
+            self.assertIsNotNone(db.get_session(session.session_id))
+
+        def store_config(db: OperatorDb) -> None:
+            db.store_config(config)
+            self.assertIsNotNone(db.get_config())
+
+        def put_device(_: OperatorDb) -> None:
+            devices.put(device)
+            self.assertIsNotNone(devices.get("d"))
+
+        for change, store in (
+            (change_task, store_task),
+            (change_session, store_session),
+            (change_config, store_config),
+            (change_device, put_device),
+        ):
+            with self.subTest(store.__name__):
+                self.store_while_changing(change, store)
+        self.assertEqual(self.db.check(), [])
+
+    def test_storing_a_task_leaves_the_given_one_alone_and_returns_what_is_stored(self) -> None:
+        plain = TaskRecord(task_id="plain")
+        plain.status = "completed"  # as text
+        store_tasks(self.db, "moved", "completed later")
+        self.db.update_task_status("moved", "in_progress", signature="sig")
+        for given in (
+            plain,
+            TaskRecord(task_id="new", payload=b"p", status=TaskStatus.COMPLETED),
+            TaskRecord(task_id="moved", status=TaskStatus.DISPUTED, description="d"),
+            TaskRecord(task_id="completed later", status=TaskStatus.COMPLETED),
+        ):
+            with self.subTest(given.task_id):
+                before, moves = repr(given), given.history
+                stored = self.db.store_task(given)
+                self.assertEqual(repr(given), before)
+                self.assertEqual(stored, self.db.get_task(given.task_id))
+                self.assertIsInstance(stored.status, TaskStatus)
+                stored.history.clear()
+                self.assertIs(given.history, moves)
+                self.assertEqual(repr(given), before)
+        self.assertEqual(self.db.check(), [])
+
 
 class CustomNamespaces(DatabaseTest):
     """Any dataclass of an operator gets what our records have, or is refused with a reason."""
@@ -1298,6 +1507,7 @@ class ErrorsAreTyped(unittest.TestCase):
             NewerSchemaError: ValueError,
             DamagedError: ValueError,
             StorageError: OSError,
+            FileReplacedError: StorageError,
         }
         for error, kind in kinds.items():
             self.assertTrue(issubclass(error, OperatorDbError) and issubclass(error, kind), error)
@@ -1430,9 +1640,10 @@ class TasksKeepTheirHistory(DatabaseTest):
         store_tasks(self.db, "t", claimed_at=1, on_chain_signature="s0", description="old")
         self.db.update_task_status("t", "disputed", at=2, signature="s1")
         fresh = TaskRecord(task_id="t", claimed_at=1, status="resolved", on_chain_signature="s2")
-        self.db.store_task(fresh)
-        self.assertEqual(self.task(), fresh, "the record that was stored is brought up to date")
-        self.assertEqual((fresh.description, fresh.status), (None, "resolved"))
+        given = replace(fresh, history=[*fresh.history])
+        stored = self.db.store_task(given)
+        self.assertEqual((self.task(), given), (stored, fresh), "the given record is left alone")
+        self.assertEqual((stored.description, stored.status), (None, "resolved"))
         self.assertEqual(self.signatures(), ["s0", "s1", "s2"])
 
     def test_a_status_change_made_by_two_writers_is_in_the_history_once(self) -> None:
@@ -1441,11 +1652,10 @@ class TasksKeepTheirHistory(DatabaseTest):
         self.db.update_task_status("t", "disputed", at=8)
         for status in ("disputed", "resolved", "resolved"):
             mine.status = TaskStatus(status)
-            self.db.store_task(mine)
-        self.assertEqual(
-            [each.status for each in mine.history], ["claimed", "disputed", "resolved"]
-        )
-        self.assertEqual((self.task(), mine.history[1].at), (mine, 8))
+            stored = self.db.store_task(mine)
+        statuses = [each.status for each in stored.history]
+        self.assertEqual(statuses, ["claimed", "disputed", "resolved"])
+        self.assertEqual((self.task(), stored.history[1].at), (stored, 8))
 
     def test_a_task_is_as_old_as_its_first_completion(self) -> None:
         store_tasks(self.db, "t", claimed_at=1)
@@ -1856,6 +2066,106 @@ class PruningTakesOnlyWhatMayGo(DatabaseTest):
                 done.set()
         self.assertNotEqual(left - {0, 3000}, set(), "no write came in between")
 
+    def store_old(self, number: int, payload: bytes) -> None:
+        """Store tasks, the first half of which may go: what stays has to move to their place."""
+        for start in range(0, number, 100):
+            with self.db.transaction():
+                for n in range(start, min(start + 100, number)):
+                    status = "completed" if n < number // 2 else "disputed"
+                    store_tasks(self.db, str(n), status=status, claimed_at=5, payload=payload)
+
+    def test_a_prune_of_some_60_mb_keeps_the_write_ahead_log_short(self) -> None:
+        longest = 0
+
+        def measure(_: str) -> None:
+            nonlocal longest
+            with suppress(FileNotFoundError):
+                longest = max(longest, os.stat(self.path + "-wal").st_size)
+
+        self.watch_connections(listener=measure)
+        for number, size in ((2400, 20_000), (60, 780_000)):  # 64 MB each, as base64
+            with self.subTest(size=size):
+                self.store_old(number, bytes(size))
+                self.db.compact()
+                longest = 0
+                report = self.db.prune()
+                self.assertEqual(report.tasks, number // 2)
+                self.assertLess(report.bytes_after, report.bytes_before * 0.6)
+                self.assertLess(longest, 24 * 2**20)
+                for task_id in task_ids(self.db):
+                    self.db.delete_task(task_id)
+
+    def test_a_prune_that_fails_half_way_says_how_much_it_has_removed(self) -> None:
+        def prune() -> tuple[str, int]:
+            with OperatorDb(self.path) as db, file_size_limit(6_000_000):
+                error = self.assert_refused(StorageError, db.prune, self.path)
+                return str(error), db.count_tasks()[TaskStatus.COMPLETED]
+
+        self.store_old(3000, bytes(2000))
+        self.db.close()
+        message, left = in_child(prune)
+        self.assertTrue(0 < left < 1500, f"it did not fail half-way: {left} are left")
+        self.assertRegex(message, rf"\b{1500 - left}\b")
+        self.assert_sound()
+
+    def test_a_long_session_is_pruned_in_short_transactions_and_readable_at_each(self) -> None:
+        entries = [TranscriptEntry(role="user", content=f"{n}", timestamp=5) for n in range(9000)]
+        session = SessionState(session_id="s", transcript=entries, last_active=5, created_at=5)
+        session.command_history = [str(n) for n in range(3000)]
+        watching, found = False, []
+        another = self.open()
+
+        def look(statement: str) -> None:
+            nonlocal watching
+            if watching and statement.startswith("BEGIN IMMEDIATE"):
+                watching = False  # for what is read here
+                found.append(another.get_session("s"))
+                watching = True
+
+        self.watch_connections(listener=look)
+        self.db.store_session(session)
+        watching = True
+        report = self.db.prune()
+        watching = False
+        self.assertEqual((report.sessions, self.db.get_session("s")), (1, None))
+        parts = [each for each in found if each is not None]
+        for part in parts:
+            said, commands = len(part.transcript), len(part.command_history)
+            self.assertEqual(part.transcript, session.transcript[:said])
+            self.assertEqual(part.command_history, session.command_history[:commands])
+        lengths = [len(part.transcript) + len(part.command_history) for part in parts]
+        steps = [before - after for before, after in itertools.pairwise([*lengths, 0])]
+        self.assertGreater(len(set(lengths)), 3, "it is removed in a few long transactions")
+        self.assertLess(max(steps), 4000)
+        self.assertEqual(self.db.check(), [])
+
+    def test_a_prune_ends_where_rows_are_missing(self) -> None:
+        def prune() -> None:
+            with OperatorDb(self.path) as db:
+                self.assertTrue(db.check())
+                with suppress(DamagedError):
+                    db.prune()
+
+        with OperatorDb(self.path) as db:
+            store_tasks(db, "a", "b", status="completed", claimed_at=5)
+            entry = TranscriptEntry(role="user", content="x", timestamp=5)
+            long = SessionState(session_id="long", transcript=[entry] * 3000, last_active=5)
+            db.store_session(long)
+        whole = read_bytes(self.path)
+        roots = dict(self.sql("SELECT name, rootpage FROM sqlite_schema"))
+        ((size,),) = self.sql("PRAGMA page_size")
+        empty = (roots["sqlite_autoindex_config_1"] - 1) * size
+        for label in ("tasks", "sessions", "entries"):
+            write_bytes(self.path, whole)
+            if label == "entries":
+                self.sql("DELETE FROM session_log")
+            else:  # its index of keys is that of an empty table
+                image, start = bytearray(whole), (roots[f"sqlite_autoindex_{label}_1"] - 1) * size
+                image[start : start + size] = whole[empty : empty + size]
+                write_bytes(self.path, image)
+            with self.subTest(label):
+                in_child(prune, seconds=3)
+
 
 class AnOperatorsLifeSurvives(DatabaseTest):
     """What an operator on devnet did, from claim to resolution, and each verb that it may use."""
@@ -2243,6 +2553,137 @@ class LostFilesAreNoticed(DatabaseTest):
             store_tasks(successor, "two")
             self.assertEqual(task_ids(self.open()), ["one", "two"])
 
+    def test_a_write_is_refused_when_the_shm_was_removed_or_replaced(self) -> None:
+        remove = partial(os.unlink, self.path + "-shm")
+
+        def put_another() -> None:
+            remove()
+            write_bytes(self.path + "-shm", b"")
+
+        def at_commit(statement: str) -> None:
+            if statement == "COMMIT" and late:
+                late.pop()()
+
+        late: list[Callable[[], object]] = []
+        self.watch_connections(listener=at_commit)
+        for label, now, then in (
+            ("removed", remove, None),
+            ("replaced", put_another, None),
+            ("removed while it is stored", None, remove),
+        ):
+            with self.subTest(label):
+                db = OperatorDb(self.path)
+                store_tasks(db, "before")
+                if now:
+                    now()
+                late[:] = [then] if then else []
+                for _ in range(2):
+                    store = partial(store_tasks, db, "after")
+                    self.assert_refused(FileReplacedError, store, self.path)
+                with self.assertRaises(FileReplacedError), db.transaction():
+                    db.append_transcript("s", "user", "after")
+                db.close()
+                self.assert_sound()
+                with OperatorDb(self.path) as db:
+                    self.assertIsNotNone(db.get_task("before"))
+
+    def test_what_others_store_after_the_shm_was_removed_is_kept(self) -> None:
+        program = """if True:
+            with OperatorDb(sys.argv[1]) as db:
+                for task_id in "abc":
+                    db.store_task(TaskRecord(task_id=task_id))"""
+        last_calls: tuple[tuple[str, bool, Verb], ...] = (
+            ("it does nothing more", False, lambda db: None),
+            ("it reads", False, lambda db: db.get_task("first")),
+            ("it writes", False, lambda db: store_tasks(db, "refused")),
+            ("it may only read", True, lambda db: db.get_task("first")),
+        )
+        for label, read_only, last_call in last_calls:
+            with self.subTest(label):
+                with OperatorDb(self.path) as db:
+                    store_tasks(db, "first")
+                db = OperatorDb(self.path, read_only=read_only)
+                db.get_task("first")
+                os.unlink(self.path + "-shm")
+                self.assertEqual(run_program(program, self.path).stderr, "")
+                with suppress(FileReplacedError):
+                    last_call(db)
+                db.close()
+                with OperatorDb(self.path) as db:
+                    self.assertLessEqual({"first", "a", "b", "c"}, set(task_ids(db)))
+                    self.assertEqual(db.check(), [])
+                os.unlink(self.path)
+
+    def test_a_file_put_in_the_place_of_the_database_is_never_mixed_with_its_log(self) -> None:
+        with OperatorDb(self.path, durable=False) as db:
+            store_tasks(db, *(f"old{n}" for n in range(50)), payload=bytes(900))
+            db.backup(self.other)
+            store_tasks(db, *(f"new{n}" for n in range(300)), payload=bytes(900))
+        wanted = content_of(self.other)
+        db = OperatorDb(self.path)
+        store_tasks(db, *(f"in the log {n}" for n in range(20)))
+        db.update_task_status("old3", "completed")  # on a page that both files have
+        os.replace(self.other, self.path)
+        self.assert_refused(FileReplacedError, partial(store_tasks, db, "lost"), self.path)
+        db.close()
+        with suppress(StorageError), OperatorDb(self.path) as again:  # as the error says
+            self.assertTrue(exported(again) == wanted, "it is not what was put there")
+        for ending in ("-wal", "-shm"):
+            Path(self.path + ending).unlink(missing_ok=True)
+        self.assertTrue(content_of(self.path) == wanted, "it is not what was put there")
+
+    def test_once_a_file_is_lost_every_call_says_so_for_good_and_close_works(self) -> None:
+        verbs: tuple[Verb, ...] = (
+            lambda db: db.get_task("before"),
+            lambda db: [*db.iter_tasks()],
+            lambda db: db.list_tasks("claimed", limit=1),
+            lambda db: db.count_tasks(),
+            lambda db: db.get_session("s"),
+            lambda db: db.transcript("s"),
+            lambda db: db.list_proofs(),
+            lambda db: db.get_config(),
+            lambda db: db.dispute_bundle("before"),
+            lambda db: db.stats(),
+            lambda db: db.write_metrics(self.file),
+            lambda db: db.check(),
+            lambda db: db.export(self.file),
+            lambda db: db.backup(self.file),
+            lambda db: db.prune(dry_run=True),
+            lambda db: db.prune(),
+            lambda db: db.compact(),
+            lambda db: db.restore(self.other),
+            lambda db: store_tasks(db, "after"),
+            lambda db: db.delete_task("nobody"),
+            lambda db: db.append_command("s", "after"),
+            lambda db: db.transaction().__enter__(),
+            tallies_of,
+        )
+        fill(self.other)
+        clock = time.monotonic
+        for suffix, is_replaced in itertools.product(("", "-wal", "-shm"), (False, True)):
+            with self.subTest(suffix=suffix, is_replaced=is_replaced):
+                db, kept = OperatorDb(self.path), self.beside("kept")
+                store_tasks(db, "before")
+                reader = OperatorDb(self.path, read_only=True)
+                self.assertEqual((task_ids(db), task_ids(reader)), (["before"], ["before"]))
+                os.rename(self.path + suffix, kept)
+                if is_replaced:
+                    write_bytes(self.path + suffix, b"")
+                with mock.patch("time.monotonic", lambda: clock() + 1):  # a second later
+                    for each in (db, reader):
+                        self.assert_refused(FileReplacedError, partial(verbs[0], each), self.path)
+                reader.close()
+                for verb in verbs:
+                    self.assert_refused(FileReplacedError, partial(verb, db), self.path)
+                os.replace(kept, self.path + suffix)
+                self.assert_refused(FileReplacedError, partial(verbs[0], db), self.path)
+                db.close()
+                self.assert_refused(ClosedError, partial(verbs[0], db), self.path)
+                with OperatorDb(self.path) as db:
+                    self.assertEqual((task_ids(db), db.check()), (["before"], []))
+                self.assertFalse(os.path.exists(self.file))
+                os.unlink(self.path)
+
 
 # ==== Who may do what at the same time ============================================================
 
@@ -2324,6 +2765,148 @@ class TransactionsAreAllOrNothing(DatabaseTest):
         self.assertEqual(db.count_tasks()[TaskStatus.CLAIMED], 2)
         self.assertEqual([log.outputs for log in db.list_proofs()], [b"one"])
         self.assertEqual([entry.content for entry in db.transcript("s")], ["kept"])
+
+    def test_a_namespace_that_a_block_would_create_is_refused_and_can_be_made_later(self) -> None:
+        db = self.db
+        for error in (KeyError, None):
+            with suppress(KeyError), db.transaction():
+                self.assert_refused(ConflictError, partial(wallets_of, db))
+                store_tasks(db, "t")
+                if error is not None:
+                    raise error
+        self.assertEqual(task_ids(db), ["t"])
+        self.assertEqual(self.sql("SELECT name FROM sqlite_master WHERE name = 'wallets'"), [])
+        wallets = wallets_of(db)
+        with suppress(KeyError), db.transaction():
+            for namespace in (wallets, wallets_of(db)):  # which is there already
+                namespace.put(Wallet(owner="me"))
+            raise KeyError
+        wallets.put(Wallet(owner="you"))
+        self.assertEqual((list(wallets.keys()), db.check()), (["you"], []))
+
+    def test_a_namespace_that_an_undone_import_made_is_no_dead_object(self) -> None:
+        db, moved, target = self.open(), BytesIO(), self.open(self.other)
+        wallets_of(db).put(Wallet(owner="me"))
+        db.export(moved, include_secrets=True)
+        with suppress(KeyError, ConflictError), target.transaction():
+            moved.seek(0)
+            target.import_(moved)
+            wallets = wallets_of(target)
+            raise KeyError
+        with suppress(NameError):  # it was refused
+            self.assertIsNone(wallets.get("me"))
+            wallets.put(Wallet(owner="you"))
+
+
+class FunctionsThatAVerbCallsMayOnlyRead(DatabaseTest):
+    FUNCTIONS: ClassVar[dict[str, Callable[..., object]]] = {
+        # which a verb calls: each calls `act` once, in the middle of that verb
+        "change": lambda _, tallies, act: tallies.update("one", lambda tally: act() or tally),
+        "keep": lambda db, _, act: devices_of(db).prune(1, keep=lambda _: not act()),
+        "keep of a dry run": lambda db, _, act: devices_of(db).prune(
+            1, keep=lambda _: not act(), dry_run=True
+        ),
+        "progress of an export": lambda db, _, act: db.export(
+            BytesIO(), progress=lambda done, _: done == 1 and act()
+        ),
+        "progress of an import": lambda db, _, act: db.import_(
+            BytesIO(b'{"tasks":[],"config":{"network":"devnet"}}'),
+            progress=lambda _, total: total and act(),
+        ),
+    }
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.tallies = tallies_of(self.db)
+        self.tallies.put(Tally(name="one", count=1))
+        devices_of(self.db).put(PairedDevice(device_id="d", last_seen=5))
+        self.other = self.open(timeout=2)
+
+    def test_a_function_that_a_verb_calls_reads_what_the_block_has_done_so_far(self) -> None:
+        db, read = self.db, list[Any]()
+
+        def look() -> None:
+            log, session = (
+                db.dispute_bundle("t") if db.get_proof("t") else None,
+                db.get_session("s"),
+            )
+            names = task_ids(db), [task.task_id for task in db.list_tasks()]
+            counts = self.tallies.count(), db.count_tasks()[TaskStatus.COMPLETED]
+            read.append((log is not None, session is not None, *names, *counts))
+
+        before = (False, False, [], [], 1, 0)
+        within = (True, True, ["t"], ["t"], 2, 1)
+        for label, call in self.FUNCTIONS.items():
+            with self.subTest(label):
+                read.clear()
+                call(db, self.tallies, look)
+                with suppress(KeyError), db.transaction():
+                    store_tasks(db, "t")
+                    db.complete_task("t", proof("t"))
+                    db.append_transcript("s", "user", "hello")
+                    self.tallies.put(Tally(name="two"))
+                    call(db, self.tallies, look)
+                    self.assertIsNone(self.other.get_task("t"))
+                    raise KeyError
+                self.assertEqual(read, [before, within])
+
+    def test_a_write_in_a_function_that_a_verb_calls_is_refused_and_nothing_is_lost(self) -> None:
+        db, tallies, devices = self.db, self.tallies, devices_of(self.db)
+        writes: tuple[Callable[[], object], ...] = (
+            lambda: tallies.update("one", lambda tally: replace(tally, count=99)),
+            lambda: tallies.put(Tally(name="one", count=99)),
+            lambda: tallies.delete("one"),
+            lambda: store_tasks(db, "t"),
+            lambda: db.append_command("s", "status"),
+            lambda: db.store_proof(proof("t")),
+            lambda: db.transaction().__enter__(),
+            lambda: db.import_(BytesIO(b'{"tasks":[],"config":{"network":"mainnet"}}')),
+            lambda: devices.prune(0),
+            lambda: wallets_of(db),
+            db.prune,
+            db.close,
+        )
+        refused = 0
+
+        def try_to_write() -> None:
+            nonlocal refused
+            for write in writes:
+                began = time.monotonic()
+                self.assert_refused(ConflictError, write)
+                self.assertLess(time.monotonic() - began, 1)
+                refused += 1
+
+        for label, call in self.FUNCTIONS.items():
+            for block in (contextlib.nullcontext, db.transaction):
+                with self.subTest(label, block=block), block():
+                    tallies.update("one", lambda tally: replace(tally, count=tally.count + 1))
+                    call(db, tallies, try_to_write)
+        self.assertEqual(refused, len(writes) * 2 * len(self.FUNCTIONS))
+        db.close()
+        found = tallies_of(self.other).get("one"), task_ids(self.other), self.other.get_session("s")
+        self.assertEqual(found, (Tally(name="one", count=11), [], None))
+        self.assert_sound()
+
+    def test_a_function_that_a_verb_calls_may_use_every_verb_that_reads(self) -> None:
+        db, tallies, devices = self.db, self.tallies, devices_of(self.db)
+        reads: tuple[Callable[[], object], ...] = (
+            lambda: devices.prune(1, keep=lambda _: False, dry_run=True),
+            partial(db.prune, 1, 1, 1, dry_run=True),
+            lambda: [*tallies.items(), *tallies.keys(), *tallies.list(), *db.list_proofs()],
+            lambda: (db.get_config(), db.list_sessions(), db.transcript("s")),
+            lambda: (db.check(), db.stats(), db.export(BytesIO())),
+            lambda: tallies_of(db).count(),
+        )
+
+        def read_all() -> None:
+            for read in reads:
+                read()
+
+        signal.alarm(3)  # none may wait for itself
+        for call in self.FUNCTIONS.values():
+            for block in (contextlib.nullcontext, db.transaction):
+                with block():
+                    call(db, tallies, read_all)
 
 
 class ThreadsAndProcessesTakeTurns(DatabaseTest):
@@ -2711,6 +3294,56 @@ class ClosingEndsTheWork(DatabaseTest):
         gc.collect()
         self.assertEqual(open_descriptors(self.folder), 0)
 
+    def test_a_memory_database_is_there_while_anything_of_it_is_in_use_and_then_gone(self) -> None:
+        def namespace(db: OperatorDb) -> Callable[[], object]:
+            tallies = tallies_of(db)
+            return lambda: (tallies.put(Tally(name="b")), self.assertEqual(tallies.count(), 2))
+
+        def walk(db: OperatorDb) -> Callable[[], object]:
+            tallies, tasks = tallies_of(db).values(), db.iter_tasks()
+            next(tasks)
+            return lambda: self.assertEqual((len([*tasks]), len([*tallies])), (79, 1))
+
+        def block(db: OperatorDb) -> Callable[[], object]:
+            tallies, stack = tallies_of(db), ExitStack()
+            stack.enter_context(db.transaction())
+            tallies.put(Tally(name="b"))
+            return lambda: (tallies.put(Tally(name="c")), stack.close())
+
+        def method(db: OperatorDb) -> Callable[[], object]:
+            return partial(store_tasks, db, "t")
+
+        for begin in (namespace, walk, block, method):
+            with self.subTest(begin.__name__):
+                db = OperatorDb(":memory:", durable=False)
+                folder = os.path.dirname(db.path)
+                tallies_of(db).put(Tally(name="a"))
+                with db.transaction():  # more than a walk reads at a time
+                    store_tasks(db, *(f"{n}" for n in range(80)), payload=bytes(30_000))
+                go_on = begin(db)
+                del db
+                gc.collect()
+                self.assertTrue(os.path.exists(folder))
+                go_on()
+                del go_on
+                gc.collect()
+                self.assertFalse(os.path.exists(folder))
+                self.assertEqual(open_descriptors(folder), 0)
+
+    def test_a_closed_memory_database_is_gone_whoever_holds_a_part_of_it(self) -> None:
+        db = OperatorDb(":memory:")
+        tallies, walk = tallies_of(db), db.iter_tasks()
+        db.close()
+        self.assertFalse(os.path.exists(db.path))
+        for call in (partial(tallies.get, "a"), partial(next, walk), partial(store_tasks, db, "t")):
+            self.assert_refused(ClosedError, call)
+
+    def test_a_memory_database_that_cannot_be_opened_leaves_nothing_behind(self) -> None:
+        self.enterContext(mock.patch("tempfile.tempdir", self.folder))
+        self.assert_refused(StorageError, partial(OperatorDb, ":memory:", read_only=True))
+        gc.collect()
+        self.assertEqual(os.listdir(self.folder), [])
+
 
 class ForkIsSafe(DatabaseTest):
     """Parent and child may go on with a database; what either was told is stored is stored."""
@@ -2861,12 +3494,365 @@ os.wait()
             with self.subTest(label):
                 in_child(partial(fork_beside_a_block, act))
 
+    @staticmethod
+    def usable(*databases: OperatorDb) -> str:
+        """Return what this process can do with these databases: `works`, `refuses`, or both."""
+        found = set[str]()
+        for db in databases:
+            for call in (partial(db.get_task, "t"), partial(store_tasks, db, f"{os.getpid()}")):
+                try:
+                    call()
+                    found.add("works")
+                except (ClosedError, ConflictError):
+                    found.add("refuses")
+        return " and ".join(sorted(found))
+
+    def test_ctrl_c_in_a_fork_hook_reaches_the_parent_once_it_has_forked(self) -> None:
+        """Wherever it lands; and the child can use all of its databases."""
+        db, other = self.open(timeout=1), self.open(self.other, timeout=1)
+        self.enterContext(mock.patch("sys.unraisablehook", lambda _: None))
+
+        def fork_interrupted_at(number: int) -> int:
+            """Fork, with Ctrl-C at a call in the hooks; return how many come before the fork."""
+            parent, calls = os.getpid(), 0
+
+            def strike() -> None:
+                nonlocal calls
+                if os.getpid() == parent:
+                    calls += 1
+                    if calls == number:
+                        raise KeyboardInterrupt
+
+            store_tasks(db, "t")
+            other.get_task("t")
+            has_arrived = False
+            try:
+                with at_each_call(strike):
+                    if os.fork() == 0:
+                        sys.setprofile(None)
+                        os._exit(calls if self.usable(db, other) == "works" else 0)
+                for _ in range(30 if calls >= number > 0 else 0):
+                    time.sleep(0.01)  # it may come a moment later
+            except KeyboardInterrupt:
+                has_arrived = True
+            calls_before = os.waitstatus_to_exitcode(os.wait()[1])
+            self.assertGreater(calls_before, 0, f"the child of {number} cannot use its databases")
+            if number > 0 and not has_arrived:
+                self.assertEqual(number, calls_before)  # the second call of the hook, done already
+            return calls_before
+
+        def sweep() -> int:
+            calls_before = fork_interrupted_at(0)
+            for number in range(1, calls_before + 1, 2):
+                fork_interrupted_at(number)
+            return calls_before
+
+        self.assertGreater(in_child(sweep), 20)
+
+    def test_ctrl_c_in_a_fork_hook_ends_the_wait_for_the_child(self) -> None:
+        def fork_and_wait() -> bool:
+            began = time.monotonic()
+            try:
+                with interrupt_at_call(5):
+                    if os.fork() == 0:
+                        signal.alarm(4)
+                        signal.pause()
+                os.wait()
+            except KeyboardInterrupt:
+                pass
+            return time.monotonic() - began < 3
+
+        self.enterContext(mock.patch("sys.unraisablehook", lambda _: None))
+        store_tasks(self.db, "t")
+        self.assertTrue(in_child(fork_and_wait), "it came when the child had ended")
+
+    def test_ctrl_c_in_the_hook_of_a_child_lets_it_use_nothing_that_its_parent_uses(self) -> None:
+        """Ctrl-C is sent to all processes of a terminal, also to one that has just begun."""
+        db, idle = self.open(timeout=0.02), self.open(self.other, timeout=0.02)
+
+        def fork_and_use(number: int, *databases: OperatorDb) -> bool:
+            """Fork, with Ctrl-C at a call in the child's hooks; return whether it has so many."""
+            parent, calls, (reader, writer) = os.getpid(), 0, os.pipe()
+
+            def strike() -> None:
+                nonlocal calls
+                if os.getpid() != parent:
+                    calls += 1
+                    if calls == number:
+                        raise KeyboardInterrupt
+
+            names = [f"{number} later {n}" for n in range(20)]
+            with suppress(OperatorDbError), ExitStack() as stack:
+                if db in databases:
+                    stack.enter_context(db.transaction())
+                    store_tasks(db, f"{number} in a block")
+                with at_each_call(strike):
+                    child = os.fork()
+                    sys.setprofile(None)
+                if child == 0:
+                    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is sent again in a moment
+                    os.read(reader, 1)  # until the parent has left its block, and gone on
+            if child == 0:
+                os._exit(2 if self.usable(*databases) != "refuses" else calls >= number)
+            for name in names:
+                store_tasks(databases[0], name, payload=bytes(3000))
+            os.write(writer, b".")
+            status = os.waitstatus_to_exitcode(os.wait()[1])
+            self.assertIn(status, (0, 1), f"the child of {number} uses its databases")
+            self.assertLessEqual({*names}, {*task_ids(databases[0])})
+            os.close(reader)
+            os.close(writer)
+            return status == 1
+
+        def sweep(*databases: OperatorDb) -> int:
+            return next(n for n in itertools.count(1, 2) if not fork_and_use(n, *databases))
+
+        def sweep_beside_a_block() -> int:
+            with open_block(db):
+                return sweep(idle)
+
+        self.enterContext(mock.patch("sys.unraisablehook", lambda _: None))
+        self.assertGreater(in_child(partial(sweep, db)), 5)
+        self.assertGreater(in_child(sweep_beside_a_block), 5)
+
+    def test_a_fork_waits_for_a_long_block_while_all_others_read_on(self) -> None:
+        def fork_beside_a_block() -> tuple[str, int]:
+            db, other = self.open(timeout=5), self.open(self.other, timeout=5)
+            store_tasks(db, "t")
+            store_tasks(other, "t")
+            inside, forking, stop = threading.Event(), threading.Event(), threading.Event()
+            os.register_at_fork(before=forking.set)  # there for good: hence in a child
+            reads, read_meanwhile = Counter[str](), Counter[str]()
+
+            def read(each: OperatorDb) -> None:
+                while not stop.is_set():
+                    self.assertIsNotNone(each.get_task("t"))
+                    reads[each.path] += 1
+
+            def hold() -> None:
+                with db.transaction():
+                    inside.set()
+                    self.assertTrue(forking.wait(5))
+                    before = reads.copy()
+                    while min(reads[each.path] - before[each.path] for each in (db, other)) < 100:
+                        time.sleep(0.001)
+                    read_meanwhile.update(reads - before)
+                    store_tasks(db, "in the block")
+
+            with in_background(hold, partial(read, db), partial(read, other)), ExitStack() as stack:
+                stack.callback(stop.set)
+                self.assertTrue(inside.wait(5))
+                began = time.monotonic()
+                found = in_child(lambda: (self.usable(db, other), len(task_ids(db))))
+                self.assertLess(time.monotonic() - began, 4)
+            return found, min(read_meanwhile.values())
+
+        (found, read_meanwhile) = in_child(fork_beside_a_block)
+        self.assertEqual(found, ("works", 3))
+        self.assertGreaterEqual(read_meanwhile, 100)
+
+    def test_a_child_of_a_database_at_work_for_longer_than_its_timeout_uses_none(self) -> None:
+        busy, idle = self.open(timeout=0.1), self.open(self.other, timeout=10)
+        store_tasks(idle, "t")
+
+        def try_everything() -> None:
+            self.enterContext(mock.patch("tempfile.tempdir", self.folder))
+            names = os.listdir(self.folder)
+            for db in (busy, idle):
+                for call in (db.check, db.prune, db.stats, lambda db=db: db.export(BytesIO())):
+                    self.assert_refused(ClosedError, call, db.path)
+                self.assertEqual(self.usable(db), "refuses")
+                self.assert_refused(ClosedError, lambda db=db: db.transaction().__enter__())
+            for path in (self.path, self.other, self.beside("later.db"), ":memory:"):
+                self.assert_refused(ConflictError, partial(OperatorDb, path))
+            self.assertEqual(os.listdir(self.folder), names)
+            busy.close()
+            idle.close()
+
+        with open_block(busy, "in a block"):
+            began = time.monotonic()
+            in_child(try_everything, seconds=5)
+            self.assertLess(time.monotonic() - began, 5)
+            store_tasks(idle, "meanwhile")
+        store_tasks(busy, "later")
+        self.assertEqual(
+            (task_ids(busy), task_ids(idle)), (["in a block", "later"], ["meanwhile", "t"])
+        )
+        self.assertEqual(in_child(partial(self.usable, busy, idle)), "works")
+
+    def test_another_object_on_the_file_of_a_block_that_forks_refuses_in_the_child(self) -> None:
+        db, second, other = self.open(timeout=1), self.open(timeout=1), self.open(self.other)
+        os.symlink(self.path, self.beside("link.db"))
+        linked = self.open(self.beside("link.db"), timeout=1)
+        for each in (second, other, linked):
+            each.get_task("t")
+
+        def use_in_child() -> None:
+            self.assertEqual(self.usable(db, second, linked), "refuses")
+            for path in (self.path, linked.path):
+                self.assert_refused(ConflictError, partial(OperatorDb, path), self.path)
+            self.assertEqual(self.usable(other), "works")
+
+        with db.transaction():
+            store_tasks(db, "in the block")
+            in_child(use_in_child)
+        self.assertEqual(task_ids(second), ["in the block"])
+        self.assertEqual(in_child(partial(self.usable, db, second, linked, other)), "works")
+
+    def test_a_child_that_leaves_long_work_by_an_exception_adds_nothing_to_it(self) -> None:
+        class LeaveError(Exception):
+            pass
+
+        def count_calls(verb: Callable[..., object]) -> int:
+            calls = list[int]()
+            verb(progress=lambda done, _: calls.append(done))
+            return len(calls)
+
+        def fork_at(number: int, verb: Callable[..., Any]) -> Any:
+            """Use a verb; fork at a call of its progress function, and let the child leave."""
+            calls = itertools.count(1)
+
+            def progress(*_: int) -> None:
+                if next(calls) == number:
+                    if os.fork() == 0:
+                        raise LeaveError
+                    os.wait()
+
+            try:
+                return verb(progress=progress)
+            except LeaveError:
+                os._exit(0)
+
+        fill(self.path, tasks=10)
+        with OperatorDb(self.path, durable=False) as db, db.transaction():
+            store_tasks(db, *(f"large {n}" for n in range(60)), payload=bytes(60_000))
+            store_tasks(db, *(f"small {n}" for n in range(60)))
+        db, lines, copy = self.open(), content_of(self.path), self.beside("copy.db")
+        db.backup(copy)
+        db.export(self.file, include_secrets=True)
+        export = partial(db.export, include_secrets=True)
+
+        for label, verb, found in (
+            ("a path", partial(export, self.file), lambda: read_bytes(self.file).splitlines()[1:]),
+            (
+                "a backup",
+                partial(db.backup, self.other, overwrite=True),
+                lambda: content_of(self.other),
+            ),
+        ):
+            calls = count_calls(verb)
+            for number in (2, calls // 2):
+                with self.subTest(label, call=number):
+                    fork_at(number, verb)
+                    self.assertTrue(found() == lines)
+        with OperatorDb(":memory:") as target:
+            calls = count_calls(partial(target.restore, copy))
+        for number in (calls // 3, calls * 2 // 3, calls - 1):
+            with (
+                self.subTest("a restore", call=number),
+                OperatorDb(":memory:", durable=False) as target,
+            ):
+                store_tasks(target, "gone")  # so that its write-ahead log is in use
+                target.delete_task("gone")
+                fork_at(number, partial(target.restore, copy))
+                self.assertTrue(target.check() == [], "the database is damaged")
+                self.assertTrue(exported(target) == lines)
+
 
 class InterruptsLoseNothing(DatabaseTest):
     """KeyboardInterrupt may land between any two instructions of the module.
 
     Most tests here interrupt a verb at its first call, then at its second, and so on to its end.
     """
+
+    class Handler:
+        """What interrupts a verb: it reads, tries to write, and notes what it is told.
+
+        Its writes are to the records that the verb itself changes. What is wrong goes into
+        `problems`, because an error that a handler raises ends the verb.
+        """
+
+        def __init__(self, db: OperatorDb, name: str = "", *, reads: int = 4) -> None:
+            self.db, self.tallies, self.name, self.reads = db, tallies_of(db), name, reads
+            self.problems, self.acknowledged = list[str](), [list[str](), list[str](), list[str]()]
+            self.count, self.refused, self.slowest = 0, 0, 0.0
+            self.readers = (
+                self.look_at_session,
+                self.look_at_pair,
+                self.look_at_bundle,
+                db.list_proofs,
+            )
+            self.writers = (self.append, self.move, self.add)
+            self.tallies.put(Tally(name="count"))
+            db.delete_session("s")
+            db.append_command("s", "first")
+            db.delete_task("t")
+            store_tasks(db, "t")
+            if db.get_task("done") is None:
+                store_tasks(db, "done")
+                db.complete_task("done", proof("done"))
+
+        def __call__(self, *_: object) -> None:
+            began = time.monotonic()
+            self.count += 1
+            for n in range(self.reads):
+                try:
+                    self.readers[(self.count + n) % 4]()
+                except OperatorDbError as error:
+                    self.problems.append(f"a read raised {error!r}")
+            kind, mark = self.count % 3, str(self.count)
+            try:
+                self.writers[kind](mark)
+                self.acknowledged[kind].append(mark)
+            except ConflictError:
+                self.refused += 1
+            except OperatorDbError as error:
+                self.problems.append(f"a write raised {error!r}")
+            self.slowest = max(self.slowest, time.monotonic() - began)
+
+        def look_at_session(self) -> None:
+            session = self.db.get_session(self.name or "s")
+            if (
+                session
+                and self.name
+                and (len(session.transcript), len(session.command_history)) != (2, 2)
+            ):
+                self.problems.append(f"half a session: {session}")
+
+        def look_at_pair(self) -> None:
+            task, log = self.db.get_task(self.name or "t"), self.db.get_proof(self.name or "t")
+            if task is not None and (task.status == "completed") != (log is not None):
+                self.problems.append(f"half a completion: {task}, {log}")
+
+        def look_at_bundle(self) -> None:
+            if verify_dispute_bundle(self.db.dispute_bundle("done")):
+                self.problems.append("a false bundle")
+
+        def append(self, mark: str) -> None:
+            self.db.append_command("s", mark)
+
+        def move(self, mark: str) -> None:
+            self.db.update_task_status("t", "in_progress", signature=mark)
+
+        def add(self, _: str) -> None:
+            with self.db.transaction():
+                self.tallies.update("count", lambda tally: replace(tally, count=tally.count + 1))
+
+        def missing(
+            self, *commands: str, signatures: Iterable[str] = (), added: int = 0
+        ) -> list[str]:
+            """Return what was acknowledged, here and by the verb, and is not stored."""
+            db, problems = self.db, [*self.problems, *self.db.check()]
+            appended, moved, counted = self.acknowledged
+            found = Counter(db.get_session("s").command_history)
+            if found != Counter(["first", *appended, *commands]):
+                problems.append(f"commands: {found}, not {appended} and {commands}")
+            history = Counter(change.signature for change in db.get_task("t").history[1:])
+            if history != Counter([*moved, *signatures]):
+                problems.append(f"signatures: {history}, not {moved} and {signatures}")
+            if (count := self.tallies.get("count").count) != len(counted) + added:
+                problems.append(f"{count} updates, not {len(counted)} and {added}")
+            return problems
 
     seconds = 40
 
@@ -2889,8 +3875,8 @@ class InterruptsLoseNothing(DatabaseTest):
     ) -> None:
         """Interrupt a verb at each of its calls, every time with another name for its records.
 
-        The exceptions are kept, and with them all frames that they passed through. Nothing may be
-        held afterwards, and the verb must be done as a whole, or not at all.
+        The last exceptions are kept, and with them all frames that they passed through. Nothing may
+        be held afterwards, and the verb must be done as a whole, or not at all.
         """
         kept, found = list[BaseException](), list[str]()
         with self.subTest(label):
@@ -2903,7 +3889,7 @@ class InterruptsLoseNothing(DatabaseTest):
                     with interrupt_at_call(number) as calls:
                         verb(name)
                 except KeyboardInterrupt as error:
-                    kept.append(error)
+                    kept[:] = [*kept[-9:], error]
                 self.assert_nothing_held(name)
                 found.append(self.find(name))
                 if calls() < number:
@@ -3007,20 +3993,6 @@ class InterruptsLoseNothing(DatabaseTest):
         self.assertEqual(open_descriptors(self.other), 0)
         self.assert_sound(self.other)
 
-    def test_an_interrupted_fork_leaves_the_parent_able_to_work(self) -> None:
-        stored: list[str] = []
-
-        def store(name: str) -> list[str]:
-            with suppress(ClosedError):  # where the database refuses every call in the child
-                store_tasks(self.db, name)
-                return [name]
-            return []
-
-        self.sweep("fork", lambda name: stored.extend(in_child(partial(store, name))))
-        self.assertLessEqual({*stored}, {*task_ids(self.second)})
-        with OperatorDb(self.other, timeout=2) as another:
-            store_tasks(another, "t")
-
     def test_interrupts_at_random_moments_leave_blocks_whole_and_nothing_held(self) -> None:
         numbers = itertools.count()
 
@@ -3090,6 +4062,307 @@ class InterruptsLoseNothing(DatabaseTest):
             self.assertEqual({*found}, {"as stored"})
         self.assertEqual(len(self.second.transcript("s")), 2)
         self.assert_nothing_held("at last")
+
+    def test_what_a_handler_reads_is_whole_and_what_it_writes_is_stored_or_refused(self) -> None:
+        db = self.open(timeout=5)
+        tallies = tallies_of(db)
+
+        def session_of(name: str) -> SessionState:
+            said = [TranscriptEntry(role="user", content=word, timestamp=1) for word in "ab"]
+            return SessionState(session_id=name, transcript=said, command_history=["a", "b"])
+
+        def store_pair(name: str) -> None:
+            store_tasks(db, name)
+            db.complete_task(name, proof(name))
+
+        def plus_one(tally: Tally) -> Tally:
+            return replace(tally, count=tally.count + 1)
+
+        moved = BytesIO(b'{"tasks":[],"config":{"network":"devnet"}}')
+        for label, verb, prepare, outcome in (
+            ("append_command", lambda _: db.append_command("s", "verb"), None, ("verb",)),
+            ("append_transcript", lambda _: db.append_transcript("s", "user", "verb"), None, ()),
+            ("link_task", lambda name: db.link_task("s", name), None, ()),
+            ("update", lambda _: tallies.update("count", plus_one), None, 1),
+            ("put", lambda name: tallies.put(Tally(name=name)), None, ()),
+            (
+                "update_task_status",
+                lambda _: db.update_task_status("t", "disputed", signature="verb"),
+                None,
+                "signature",
+            ),
+            ("store_task", partial(store_tasks, db), None, ()),
+            ("delete_task", db.delete_task, partial(store_tasks, db), ()),
+            (
+                "complete_task",
+                lambda n: db.complete_task(n, proof(n)),
+                partial(store_tasks, db),
+                (),
+            ),
+            ("store_session", lambda name: db.store_session(session_of(name)), None, ()),
+            ("delete_session", db.delete_session, lambda n: db.store_session(session_of(n)), ()),
+            ("mark", lambda name: db.mark_proof_submitted(name, "sig"), store_pair, ()),
+            ("prune", lambda _: db.prune(task_days=None), None, ()),
+            ("import", lambda _: (moved.seek(0), db.import_(moved)), None, ()),
+            ("get_session", lambda _: db.get_session("s"), None, ()),
+            ("list_tasks", lambda _: db.list_tasks(limit=3), None, ()),
+            (
+                "after a fork",
+                lambda _: db.append_command("s", "verb"),
+                lambda _: in_child(int),
+                ("verb",),
+            ),
+        ):
+            for block in (contextlib.nullcontext, db.transaction):
+                name = f"{label} {block.__name__}"
+                with self.subTest(name):
+                    handler = self.Handler(db, name, reads=1)
+                    if prepare is not None:
+                        prepare(name)
+                    with at_each_call(handler), block():
+                        verb(name)
+                    missing = handler.missing(
+                        *(outcome if isinstance(outcome, tuple) else ()),
+                        signatures=["verb"] if outcome == "signature" else [],
+                        added=outcome if isinstance(outcome, int) else 0,
+                    )
+                    self.assertEqual(missing, [])
+                    self.assertGreater(handler.count, 20)
+                    self.assertLess(handler.slowest, 1)
+
+    def test_signals_at_random_moments_lose_nothing_that_their_handler_was_told(self) -> None:
+        rng = random.Random(5)
+
+        def serve_signals(db: OperatorDb) -> tuple[list[str], int, int, float]:
+            handler, done = self.Handler(db, reads=1), Counter[str]()
+            verbs = {
+                "append": lambda: db.append_command("s", "verb"),
+                "move": lambda: db.update_task_status(
+                    "t", "disputed", signature=f"{-done['move']}"
+                ),
+                "add": partial(handler.add, ""),
+                "list": db.list_tasks,
+            }
+
+            def handle(*_: object) -> None:
+                handler()
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.00002, 0.0004))
+
+            signal.signal(signal.SIGALRM, handle)
+            signal.raise_signal(signal.SIGALRM)
+            while handler.count < 250:
+                with rng.choice((contextlib.nullcontext, db.transaction))():
+                    for name in rng.sample([*verbs], 2):
+                        verbs[name]()
+                        done[name] += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            moves = [f"{-n}" for n in range(done["move"])]
+            missing = handler.missing(
+                *["verb"] * done["append"], signatures=moves, added=done["add"]
+            )
+            told = sum(map(len, handler.acknowledged))
+            return missing, told, handler.refused, handler.slowest
+
+        def serve() -> None:
+            db, outcomes = self.open(timeout=5), list[Any]()
+            for _ in range(10):
+                outcomes.append(serve_signals(db))
+                self.assertEqual(outcomes[-1][0], [])
+            _, told, refused, slowest = zip(*outcomes, strict=True)
+            self.assertGreater(min(sum(told), sum(refused)), 300)
+            self.assertLess(max(slowest), 2)
+
+        in_child(serve)
+
+    def test_a_handler_that_interrupts_a_verb_never_waits_for_others(self) -> None:
+        """Not even for a fork, close() or another writer that waits for that verb to end."""
+
+        def look_at(db: OperatorDb) -> None:
+            self.assertIsNotNone(db.get_task("t"))
+            self.assertIsNotNone(db.get_session("s"))
+            self.assertIsNotNone(db.dispute_bundle("t"))
+            self.assertEqual(len(db.list_proofs()), 1)
+
+        def write_to(db: OperatorDb) -> None:
+            with db.transaction():
+                store_tasks(db, "t")
+
+        def interrupt_beside(begin: Callable[[OperatorDb, OperatorDb], object]) -> None:
+            """Interrupt an update at each call from when something else waits for it."""
+            path = self.beside(f"{begin.__name__}.db")
+            db, other = self.open(path, timeout=3), self.open(path, timeout=3)
+            tallies, waits, sleep, moments = (
+                tallies_of(db),
+                threading.Event(),
+                time.sleep,
+                list[float](),
+            )
+            tallies.put(Tally(name="one"))
+            store_tasks(db, "t")
+            db.complete_task("t", proof("t"))
+            db.append_command("s", "first")
+
+            def note_and_sleep(seconds: float) -> None:
+                waits.set()
+                sleep(seconds)
+
+            def handle() -> None:
+                if waits.is_set():
+                    began = time.monotonic()
+                    for act in (look_at, write_to):
+                        with suppress(ConflictError, ClosedError):  # once the verb has ended
+                            act(db)
+                    moments.append(time.monotonic() - began)
+
+            def change(tally: Tally) -> Tally:
+                thread.start()
+                self.assertTrue(waits.wait(5))
+                look_at(db)
+                self.assert_refused(ConflictError, partial(write_to, db))
+                return replace(tally, count=1)
+
+            thread = threading.Thread(target=begin, args=(db, other))
+            with mock.patch("time.sleep", note_and_sleep), at_each_call(handle):
+                tallies.update("one", change)
+            thread.join(5)
+            self.assertFalse(thread.is_alive())
+            self.assertEqual(tallies_of(other).get("one").count, 1)
+            self.assertGreater(len(moments), 20)
+            self.assertLess(max(moments), 1)
+
+        def fork(*_: OperatorDb) -> None:
+            if os.fork() == 0:
+                os._exit(0)
+            os.wait()
+
+        def close(db: OperatorDb, _: OperatorDb) -> None:
+            db.close()
+
+        def write(_: OperatorDb, other: OperatorDb) -> None:
+            store_tasks(other, "u")
+
+        for begin in (fork, close, write):
+            with self.subTest(begin.__name__):
+                in_child(partial(interrupt_beside, begin))
+
+    def test_a_handler_never_waits_for_the_fork_or_close_that_it_interrupts(self) -> None:
+        def fork(_: OperatorDb) -> None:
+            if os.fork() == 0:
+                os._exit(0)
+            os.wait()
+
+        def interrupt(verb: Verb, act: Verb, number: int) -> bool:
+            """Act at a call of a verb; return whether there is no such call."""
+            parent, found = os.getpid(), list[tuple[float, type[Exception] | None]]()
+            db = OperatorDb(self.beside("fork.db"), durable=False, timeout=1)
+            store_tasks(db, "t")
+
+            def handle() -> None:
+                if os.getpid() == parent and calls() == number:
+                    began, kind = time.monotonic(), None
+                    try:
+                        act(db)
+                    except OperatorDbError as error:
+                        kind = type(error)
+                    found.append((time.monotonic() - began, kind))
+
+            with at_each_call(handle) as calls:
+                verb(db)
+            db.close()
+            for seconds, kind in found:
+                self.assertIn(kind, (None, ConflictError, ClosedError), f"at call {number}")
+                self.assertLess(seconds, 0.5)
+            return not found
+
+        for verb, act in itertools.product(
+            (fork, OperatorDb.close),
+            (
+                lambda db: db.get_task("t"),
+                lambda db: db.get_session("s"),
+                lambda db: store_tasks(db, "u"),
+            ),
+        ):
+            with self.subTest(verb=verb):
+                number = 1
+                while not interrupt(verb, act, number):
+                    number += 2
+                self.assertGreater(number, 20)
+
+    def test_a_list_that_a_handler_interrupts_in_a_block_has_each_record_once(self) -> None:
+        db, names = self.open(), ["0", "1", "2", "3"]
+        for number in itertools.count(1):
+
+            def move_the_first() -> None:
+                if calls() == number:  # noqa: B023  it is called in this very pass
+                    with suppress(ConflictError):
+                        store_tasks(db, "0", claimed_at=99)
+
+            with suppress(KeyError), db.transaction():
+                for n, name in enumerate(names):
+                    store_tasks(db, name, claimed_at=n)
+                with at_each_call(move_the_first) as calls:
+                    found = db.list_tasks_by_status("claimed")
+                self.assertEqual(sorted(task.task_id for task in found), names, f"call {number}")
+                raise KeyError
+            if calls() < number:
+                break
+        self.assertGreater(number, 10)
+
+    def test_a_handler_that_waits_for_another_database_stops_no_thread_of_this_one(self) -> None:
+        db, other = self.open(timeout=5), self.open(self.other, timeout=0.05)
+        store_tasks(db, "t")
+        stopped, readers = list[int](), list[threading.Thread]()
+
+        def wait_in_vain() -> None:
+            if calls() % 3 == 0:
+                has_read = threading.Event()
+                readers.append(threading.Thread(target=lambda: (db.get_task("t"), has_read.set())))
+                readers[-1].start()
+                try:
+                    store_tasks(other, "u")
+                except BusyError:  # it has waited for 0.05 s
+                    stopped.extend([] if has_read.is_set() else [calls()])
+                except ConflictError:
+                    pass
+
+        with open_block(other, "of another thread"), at_each_call(wait_in_vain) as calls:
+            db.get_task("t")
+        for thread in readers:
+            thread.join(5)
+        self.assertEqual(stopped, [])
+
+    def test_an_error_that_a_handler_raises_passes_and_loses_nothing(self) -> None:
+        """`TimeoutError` from an alarm is the usual one."""
+        db, done = self.open(timeout=2), [("in_progress", "a"), ("completed", "b")]
+        db.append_command("s", "first")
+        for label, verb in (
+            ("get_task", db.get_task),
+            ("get_session", lambda _: db.get_session("s")),
+            ("store_task", lambda name: db.store_task(TaskRecord(task_id=name, description="new"))),
+            ("complete_task", lambda name: db.complete_task(name, proof(name, b"n"))),
+            ("append_command", lambda name: db.append_command("s", name)),
+        ):
+            with self.subTest(label):
+                for number in itertools.count(1):
+                    name = f"{label} {number}"
+                    store_tasks(db, name)
+                    for status, signature in done:
+                        db.update_task_status(name, status, signature=signature)
+                    db.store_proof(proof(name, b"n"))
+
+                    def strike(number: int = number) -> None:
+                        if calls() == number:
+                            sys.setprofile(None)
+                            raise TimeoutError
+
+                    with suppress(TimeoutError), at_each_call(strike) as calls:
+                        verb(name)
+                    signatures = [change.signature for change in db.get_task(name).history]
+                    self.assertEqual(signatures[:3], [None, "a", "b"], f"at call {number}")
+                    if calls() < number:
+                        break
+                self.assertGreater(number, 20)
+        self.assertEqual(db.check(), [])
 
 
 class SecretsAreNotShown(DatabaseTest):
@@ -3260,19 +4533,6 @@ class SecretsAreNotShown(DatabaseTest):
         self.assert_refused(DamagedError, lambda: tallies.get("two"), "tallies:two", "pin")
 
 
-def staying_open(use: Callable[[], object]) -> Child:
-    """Return a child that has made something and keeps it until the child is killed."""
-
-    def work(say: Say) -> None:
-        kept = use()
-        say(f"done: {kept}")
-        signal.pause()
-
-    child = Child(work)
-    child.line()
-    return child
-
-
 class OpeningFindsOrCreatesTheFile(DatabaseTest):
     def test_the_path_is_the_argument_then_the_environment_then_the_home_directory(self) -> None:
         with OperatorDb() as db:
@@ -3357,6 +4617,31 @@ class OpeningFindsOrCreatesTheFile(DatabaseTest):
         self.assertEqual(adopted, settings(self.other))
         self.assertEqual((adopted[0], adopted[2]), (0x41474E43, 2), "AGNC, incremental")
 
+    def test_descriptors_that_are_used_up_are_not_called_a_missing_permission(self) -> None:
+        def open_with(spare: int) -> str:
+            limit = max(map(int, os.listdir("/proc/self/fd"))) + 10
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+            taken = []
+            with suppress(OSError):
+                while True:
+                    taken.append(os.open(os.devnull, os.O_RDONLY))
+            for descriptor in taken[:spare]:
+                os.close(descriptor)
+            try:
+                with OperatorDb(self.path) as db:
+                    db.get_task("t")
+            except StorageError as error:
+                return str(error)
+            return ""
+
+        OperatorDb(self.path).close()
+        messages = [in_child(partial(open_with, spare)) for spare in range(8)]
+        for message in filter(None, messages):
+            self.assertIn(self.path, message)
+            self.assertIn(os.strerror(errno.EMFILE), message)
+        self.assertTrue(messages[0])
+        self.assertEqual(messages[-1], "")
+
 
 class ForeignFilesAreLeftAlone(DatabaseTest):
     def assert_left_alone(self, error: type[OperatorDbError], *words: str) -> None:
@@ -3440,11 +4725,6 @@ class ForeignFilesAreLeftAlone(DatabaseTest):
                 self.assert_left_alone(ForeignFileError)
             os.unlink(self.path)
 
-    def test_a_write_ahead_log_without_its_database_is_kept_and_named(self) -> None:
-        write_bytes(self.path + "-wal", b"the only copy of the last commits")
-        with self.assert_bytes_unchanged():
-            self.assert_refused(StorageError, lambda: OperatorDb(self.path), self.path + "-wal")
-
     def test_tables_that_are_not_ours_are_left_alone(self) -> None:
         with OperatorDb(self.path) as db:
             store_tasks(db, "t", status=TaskStatus.COMPLETED, claimed_at=5)
@@ -3458,6 +4738,152 @@ class ForeignFilesAreLeftAlone(DatabaseTest):
         self.assert_refused(ForeignFileError, lambda: tallies_of(db), "tallies")
         db.compact()
         self.assertEqual(self.sql("SELECT seq, x FROM _litestream_seq, tallies"), [(5, 6)])
+
+    def assert_commands_leave_alone(self, *commands: str) -> None:
+        """Fail unless each command is refused with the path, and no byte changes."""
+        for command in commands:
+            with self.subTest(command=command), self.assert_bytes_unchanged():
+                status, printed = run_main("--db-path", self.path, *command.split())
+                self.assertEqual(status, 1, printed)
+                self.assertIn(self.path, printed)
+
+    def make_sources(self) -> tuple[str, str]:
+        """Make a backup and an export; return the commands that create a database from them."""
+        fill(self.other)
+        with OperatorDb(self.other) as db:
+            db.export(self.file, include_secrets=True)
+        return f"restore {self.other}", f"import {self.file}"
+
+    def leave_log(self, suffix: str) -> None:
+        """Make a database of which a killed process has left a log, with committed records."""
+
+        def use() -> object:
+            if suffix == "-wal":
+                db = OperatorDb(self.path)
+                store_tasks(db, *map(str, range(20)), payload=bytes(1000))
+                return db
+            fill(self.path)
+            other = sqlite3.connect(self.path, isolation_level=None)
+            other.executescript("PRAGMA journal_mode = DELETE; PRAGMA cache_size = 5; BEGIN")
+            other.execute("UPDATE tasks SET value = value || ' '")
+            return other
+
+        staying_open(use).kill()
+        self.assertGreater(os.path.getsize(self.path + suffix), 10_000)
+
+    def test_a_log_without_its_database_is_played_into_no_new_one(self) -> None:
+        creating = self.make_sources()
+        for suffix in ("-wal", "-journal"):
+            with self.subTest(suffix):
+                self.leave_log(suffix)
+                for ending in ("", "-shm"):
+                    Path(self.path + ending).unlink(missing_ok=True)
+                self.assert_left_alone(StorageError)
+                self.assert_commands_leave_alone(*creating, "stats", "check")
+                os.unlink(self.path + suffix)
+
+    def test_a_database_that_was_emptied_beside_its_log_is_refused_and_the_log_kept(self) -> None:
+        creating = self.make_sources()
+        for suffix in ("-wal", "-journal"):
+            with self.subTest(suffix):
+                self.leave_log(suffix)
+                os.truncate(self.path, 0)
+                self.assert_left_alone(OperatorDbError)
+                self.assert_commands_leave_alone(*creating, "stats", "check", "prune", "keys tasks")
+                for ending in ("", "-shm", suffix):
+                    Path(self.path + ending).unlink(missing_ok=True)
+
+    def test_a_file_with_two_names_is_refused_under_both_until_one_is_gone(self) -> None:
+        fill(self.path)
+        os.link(self.path, self.other)
+        self.assert_left_alone(StorageError)
+        self.assert_commands_leave_alone("stats", "prune")
+        self.assert_refused(StorageError, lambda: OperatorDb(self.other), self.other)
+        os.unlink(self.other)
+        self.assert_sound()
+
+    def test_a_creation_that_was_killed_after_its_link_is_opened_and_tidied_up(self) -> None:
+        restore, import_ = self.make_sources()
+        wanted, link = content_of(self.other), os.link
+        names = {"operator.db", "other.db", "operator.jsonl"}
+
+        def create(command: str, _: Say) -> None:
+            def link_and_die(*names: str) -> None:
+                link(*names)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            with mock.patch("os.link", link_and_die):
+                if command:
+                    run_main("--db-path", self.path, *command.split())
+                OperatorDb(self.path).close()
+
+        for command in ("", restore, import_):
+            with self.subTest(command=command):
+                Child(partial(create, command)).last_words()
+                self.assertEqual(os.stat(self.path).st_nlink, 2)
+                with self.assert_bytes_unchanged():
+                    found = content_of(self.path)
+                    self.assertEqual(run_main("--db-path", self.path, "check")[0], 0)
+                self.assertTrue(found == (wanted if command else []))
+                with OperatorDb(self.path) as db:
+                    store_tasks(db, "t")
+                self.assertEqual(self.names(), names)
+                self.assertEqual(os.stat(self.path).st_nlink, 1)
+                os.unlink(self.path)
+
+    def plant(self, path: str, statement: str, *row: str) -> None:
+        """Create `planted`, and hide it from those who look at type, name and table of its row."""
+        hide = "UPDATE sqlite_schema SET type = ?, name = ?, tbl_name = ? WHERE name = 'planted'"
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute(statement)
+            other.execute("PRAGMA writable_schema = ON")
+            other.execute(hide, row)
+
+    def test_a_schema_that_hides_a_trigger_or_an_index_is_refused_everywhere(self) -> None:
+        trigger = "CREATE TRIGGER planted AFTER INSERT ON {} BEGIN DELETE FROM proofs; END"
+        ours, theirs = trigger.format("tasks"), trigger.format("notes")
+        index = "CREATE UNIQUE INDEX planted ON tasks(at)"
+        fill(self.file)
+        self.sql("CREATE TABLE notes(x)", path=self.file)
+        whole = read_bytes(self.file)
+        for statement, *row in (
+            (ours, "trigger\0", "planted", "tasks"),
+            (ours, "TRIGGER", "PLANTED", "TASKS"),
+            (ours, "trigger", "planted\0", "tasks\0"),
+            (theirs, "trigger\0 or table", "planted", "notes"),
+            (theirs, "Trigger", "planted", "notes"),
+            (index, "index", "planted", "tasks\0"),
+            (index, "INDEX\0", "planted", "tasks\0"),
+            (index, "index", "planted", "Tasks"),
+        ):
+            with self.subTest(statement=statement, row=row):
+                write_bytes(self.path, whole)
+                write_bytes(self.other, whole)
+                with OperatorDb(self.path) as db:
+                    self.plant(self.other, statement, *row)
+                    restore = partial(db.restore, self.other)
+                    self.assert_refused(ForeignFileError, restore, self.other)
+                    self.assertEqual(db.check(), [])
+                    self.plant(self.path, statement, *row)
+                    self.assertRegex("\n".join(db.check()), "(?i)planted")
+                    before = self.names()
+                    backup = partial(db.backup, self.beside("backup.db"))
+                    self.assert_refused(ForeignFileError, backup)
+                    self.assertEqual(self.names(), before)
+                self.assert_left_alone(ForeignFileError)
+
+    def test_a_file_that_is_encoded_in_utf_16_is_refused(self) -> None:
+        fill(self.other)
+        definitions = self.sql("SELECT sql FROM sqlite_schema WHERE sql NOT NULL", path=self.other)
+        for encoding in ("UTF-16le", "UTF-16be"):
+            with self.subTest(encoding):
+                same_shape = "; ".join(sql for (sql,) in definitions)
+                header = "PRAGMA application_id = 0x41474E43; PRAGMA user_version = 1"
+                self.script(f"PRAGMA encoding = '{encoding}'; {same_shape}; {header}")
+                self.assert_left_alone(ForeignFileError)
+                with OperatorDb(self.other) as db:
+                    self.assert_refused(ForeignFileError, partial(db.restore, self.path), self.path)
+                os.unlink(self.path)
 
 
 WRITES: dict[str, Verb] = {
@@ -4005,6 +5431,56 @@ class DamageIsFoundAndNamed(DatabaseTest):
                 task_keys = [f"tasks:t{n}" for n in range(40)] if label == "a row" else []
                 in_child(partial(assert_damage_is_named, task_keys), seconds=5)
 
+    def test_checks_and_transfers_end_where_both_roots_of_a_table_are_lost(self) -> None:
+        def look(table: str) -> None:
+            with OperatorDb(self.path) as db:
+                self.assertIn(table, "\n".join(db.check()))
+                self.assert_refused(DamagedError, lambda: db.backup(self.beside("backup.db")))
+            with OperatorDb(self.other) as db:
+                self.assert_refused(DamagedError, lambda: db.restore(self.path), self.path)
+            self.assertEqual(run_main("--db-path", self.path, "check")[0], 1)
+
+        fill(self.path)
+        whole = read_bytes(self.path)
+        roots = dict(self.sql("SELECT name, rootpage FROM sqlite_schema"))
+        ((size,),) = self.sql("PRAGMA page_size")
+        OperatorDb(self.other).close()
+        for table in ("tasks", "proofs", "session_log", "tallies"):
+            damaged = bytearray(whole)
+            for name in (table, f"sqlite_autoindex_{table}_1"):
+                damaged[(roots[name] - 1) * size : roots[name] * size] = bytes(size)
+            write_bytes(self.path, damaged)
+            with self.subTest(table):
+                in_child(partial(look, table), seconds=4)
+        status, printed = in_child(lambda: run_main("--db-path", self.path), seconds=6)
+        self.assertEqual(status, 1)
+        self.assertIn(self.path, printed)
+
+    def test_another_programs_collation_hides_no_damage_and_prevents_no_backup(self) -> None:
+        fill(self.path)
+        with closing(sqlite3.connect(self.path)) as other:
+            other.create_collation("theirs", lambda one, two: (one > two) - (one < two))
+            other.execute("CREATE TABLE notes(x COLLATE theirs)")
+            other.execute("CREATE INDEX notes_x ON notes(x)")
+            other.executemany("INSERT INTO notes VALUES(?)", [("a",), ("b",)])
+            other.commit()
+        with OperatorDb(self.path) as db:
+            self.assertEqual(db.check(), [])
+            db.backup(self.other)
+            db.restore(self.other)
+            self.assertEqual(db.check(), [])
+        self.assertEqual(self.sql("SELECT count(*) FROM notes"), [(2,)])
+        self.damage("tasks:t3")
+        ((root,),) = self.sql("SELECT rootpage FROM sqlite_schema WHERE name = 'tasks_status_at'")
+        ((size,),) = self.sql("PRAGMA page_size")
+        image = bytearray(read_bytes(self.path))
+        image[(root - 1) * size : root * size] = bytes(size)
+        write_bytes(self.path, image)
+        with OperatorDb(self.path) as db:
+            self.assertIn("tasks:t3", "\n".join(db.check()))
+            self.assertGreater(len(db.check()), 1, "the index is not found to be damaged")
+            self.assert_refused(DamagedError, lambda: db.backup(self.beside("backup.db")))
+
 
 # ==== Export, import, backup, restore, compact ====================================================
 
@@ -4483,6 +5959,21 @@ class ImportsNeverGoBack(ImportTest):
             self.assertIn(SECRET.encode(), b"".join(exported(other)))
             self.assertNotIn(SECRET.encode(), b"".join(exported(db, include_secrets=False)))
 
+    def test_an_import_that_lacks_only_the_completion_changes_nothing(self) -> None:
+        db, moved = self.open(self.other), BytesIO()
+        store_tasks(db, "t", "u", claimed_at=5)
+        for name, status in (("t", "completed"), ("u", "completed"), ("u", "disputed")):
+            db.update_task_status(name, status, signature="sig")
+        db.export(moved)
+        header, *lines = moved.getvalue().splitlines()
+        entries = [json.loads(line) for line in lines]
+        for entry in entries:
+            self.assertIsNotNone(entry["record"]["completed_at"])
+            entry["record"]["completed_at"] = None
+        text = b"\n".join([header, *(json.dumps(entry).encode() for entry in entries)])
+        with self.assert_unchanged(self.other):
+            self.assertEqual(db.import_(BytesIO(text)), {"tasks": {"unchanged": 2}})
+
 
 class ThePrototypesExportMovesIn(TransferTest):
     DOCUMENT = json.loads(PROTOTYPE_EXPORT)
@@ -4698,6 +6189,38 @@ class RestoresReplaceEverything(TransferTest):
                 os.unlink(db.path)
                 verb = partial(db.restore, self.other) if label == "restore" else db.compact
                 self.assert_refused(StorageError, verb, db.path)
+
+    def test_a_copy_that_another_program_made_is_restored_opened_and_still_shrinks(self) -> None:
+        fields = {"status": "completed", "claimed_at": 5, "payload": bytes(4000)}
+        with OperatorDb(self.path, durable=False) as db, db.transaction():
+            store_tasks(db, *(f"old{n}" for n in range(200)), **fields)
+        wanted = content_of(self.path)
+        for label, settings in (
+            ("as it is", ""),
+            ("without auto_vacuum", "PRAGMA auto_vacuum = NONE"),
+            ("in DELETE mode", "PRAGMA journal_mode = DELETE"),
+        ):
+            copy, new = self.beside(f"{label}.copy"), self.beside(f"{label}.new.db")
+            if label == "in DELETE mode":
+                shutil.copy(self.path, copy)
+                self.script(settings, path=copy)
+            else:
+                self.script(f"{settings}; VACUUM INTO '{copy}'")
+            os.chmod(copy, 0o600)
+            with self.subTest(label):
+                self.assertEqual(run_main("--db-path", new, "restore", copy)[0], 0)
+                with OperatorDb(self.other, durable=False) as db:
+                    db.restore(copy)
+                for path in (new, self.other):
+                    self.assertTrue(content_of(path) == wanted)
+                    with OperatorDb(path, durable=False) as db:
+                        report = db.prune(0)
+                    self.assertLess(report.bytes_after, report.bytes_before / 3)
+                    self.assert_sound(path)
+                    os.unlink(path)
+                with OperatorDb(copy) as db:
+                    store_tasks(db, "opened")
+                    self.assertEqual(db.check(), [])
 
 
 class CompactingGivesSpaceBack(TransferTest):
@@ -5233,6 +6756,69 @@ class CommandsDoWhatTheApiDoes(CommandLineTest):
                 reason = arguments[1] if command in ("import", "restore", "verify") else missing
                 self.assertIn(reason, self.failure(*arguments))
 
+    def test_an_output_file_is_private_and_replaced_as_a_whole_wherever_it_is(self) -> None:
+        name = f"operator_db-test-{os.getpid()}"
+        self.addCleanup(os.umask, os.umask(0))
+        for path in (
+            f"/dev/shm/{name}",
+            f"/dev/{name}",  # may be refused, unless one is root
+            f"/dev/stdout-{name}",
+            f"/proc/self/cwd/{name}",
+        ):
+            self.addCleanup(Path(path).unlink, missing_ok=True)
+            with self.subTest(path):
+                for _ in range(2):
+                    self.run_command("export", "--include-secrets", "-o", path)
+                if os.path.dirname(path) in ("/dev/shm", "/proc/self/cwd"):
+                    if not os.access(os.path.dirname(path), os.W_OK):
+                        self.skipTest(f"there is no {os.path.dirname(path)} that may be written")
+                    self.assertTrue(os.path.exists(path))
+                if os.path.exists(path):
+                    self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+                    lines = read_bytes(path).splitlines()[1:]
+                    self.assertTrue(lines == content_of(self.path))
+
+    def test_a_memory_database_is_refused_and_no_file_of_that_name_made(self) -> None:
+        with OperatorDb(self.path) as db:
+            db.backup(self.other)
+            db.export(self.file, include_secrets=True)
+        commands = ("stats", "check", "prune", f"import {self.file}", f"restore {self.other}")
+        for command in commands:
+            with self.subTest(command=command), self.assert_unchanged():
+                self.failure("--db-path", ":memory:", *command.split())
+                with mock.patch.dict(os.environ, AGENC_DB_PATH=":memory:"):
+                    self.failure(*command.split())
+
+    def test_an_endless_input_without_lines_is_refused_at_once(self) -> None:
+        def run(*arguments: str) -> str:
+            in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            limit = in_use + 200 * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            return self.failure(*arguments)
+
+        for arguments in (("import", "/dev/zero"), ("verify", "/dev/zero")):
+            with self.subTest(arguments=arguments), self.assert_unchanged():
+                in_child(partial(run, "--db-path", self.other, *arguments), seconds=3)
+
+    def test_a_database_that_another_program_made_meanwhile_is_kept_and_that_is_said(self) -> None:
+        def make_another(*_: str) -> None:
+            with mock.patch("os.link", link), OperatorDb(self.other) as db:
+                store_tasks(db, "of the other program")
+            raise error
+
+        link, backup = os.link, self.beside("backup.db")
+        self.printed("backup", backup)
+        for error in (
+            FileExistsError(errno.EEXIST, "it is there"),
+            PermissionError(errno.EPERM, "no hard links here"),
+        ):
+            with self.subTest(error), mock.patch("os.link", make_another):
+                message = self.failure("--db-path", self.other, "restore", backup)
+                self.assertIn(self.other, message)
+            with OperatorDb(self.other) as db:
+                self.assertEqual(task_ids(db), ["of the other program"])
+            os.unlink(self.other)
+
 
 class OutputIsMadeForPeople(CommandLineTest):
     def test_nothing_printed_steers_the_terminal_and_all_fits_every_encoding(self) -> None:
@@ -5473,6 +7059,68 @@ class ProgramsEndCleanly(CommandLineTest):
                 )
                 self.assertEqual(done.returncode, 128 + number)
                 self.assertEqual(done.stderr.count("\n"), number == signal.SIGINT, done.stderr)
+
+    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+        """Start the module as a program that creates a database at the other path."""
+        command = [sys.executable, "-m", "operator_db", "--db-path", self.other, *arguments]
+        program = subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
+        self.addCleanup(program.kill)
+        return program
+
+    def test_a_report_that_cannot_be_printed_undoes_nothing(self) -> None:
+        backup = self.beside("backup.db")
+        self.printed("export", "-o", self.file, "--include-secrets")
+        self.printed("backup", backup)
+        wanted = content_of(self.path)
+        reader, closed_pipe = os.pipe()
+        os.close(reader)
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.environ["PYTHONUNBUFFERED"] = "1"
+        for arguments, out in itertools.product(
+            (("restore", backup), ("import", self.file)), (closed_pipe, full)
+        ):
+            with self.subTest(arguments=arguments, is_full=out == full):
+                program = self.start(*arguments, stdout=out, stderr=subprocess.PIPE)
+                _, message = program.communicate(timeout=10)
+                self.assertEqual(program.returncode, 1)
+                self.assertEqual(message.count(b"\n"), out == full, message)
+                self.assertTrue(content_of(self.other) == wanted)
+                os.unlink(self.other)
+        os.close(closed_pipe)
+        os.close(full)
+
+    def test_a_progress_bar_that_cannot_be_drawn_undoes_nothing(self) -> None:
+        """The terminal is gone, and the signal that says so is ignored."""
+        backup = self.beside("backup.db")
+        self.printed("backup", backup)
+        controller, terminal = os.openpty()
+        ignore = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+        program = self.start(
+            "restore", backup, stdout=subprocess.DEVNULL, stderr=terminal, preexec_fn=ignore
+        )
+        os.close(terminal)
+        os.read(controller, 1)  # the bar is there
+        os.close(controller)
+        self.assertEqual(program.wait(10), 0)
+        self.assertTrue(content_of(self.other) == content_of(self.path))
+
+    def test_a_signal_that_nohup_ignores_does_not_end_a_program(self) -> None:
+        pipe = self.beside("pipe")
+        os.mkfifo(pipe)
+        export = self.printed("export", "--include-secrets").encode()
+        for handler, status in ((signal.SIG_IGN, 0), (signal.SIG_DFL, 128 + signal.SIGHUP)):
+            with self.subTest(handler=handler):
+                prepare = partial(signal.signal, signal.SIGHUP, handler)
+                program = self.start("import", pipe, stdout=subprocess.DEVNULL, preexec_fn=prepare)
+                with open(pipe, "wb", buffering=0) as file:  # opens once the program reads from it
+                    program.send_signal(signal.SIGHUP)
+                    if status == 0:
+                        file.write(export)
+                    else:
+                        program.wait(10)
+                self.assertEqual(program.wait(10), status)
+                self.assertEqual(os.path.exists(self.other), status == 0)
+                Path(self.other).unlink(missing_ok=True)
 
 
 class TheSelfCheckShowsThePromises(CommandLineTest):
@@ -5739,16 +7387,41 @@ def run_without_room(perform: Callable[[], object], path: str, rng: random.Rando
         perform()
 
 
+def run_with_alarm(perform: Callable[[], object], path: str, rng: random.Random) -> None:
+    """Let the worker's signal handler interrupt a step at a random moment."""
+    signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.00001, 0.002))
+    try:
+        perform()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 FAULTS = (
-    Fault(weight=94, run=lambda perform, *_: perform()),
+    Fault(weight=74, run=lambda perform, *_: perform()),
     Fault(weight=4, run=run_without_room, errors=(StorageError,)),
     Fault(weight=2, run=lambda perform, *_: in_child(perform)),
+    Fault(weight=20, run=run_with_alarm),
 )
+
+
+def handler_key(worker: str) -> Key:
+    """Return the key of the record that a worker's signal handler writes to."""
+    return "tallies", f"{worker} handler"
 
 
 def work(path: str, prefix: str, model: Model, rng: random.Random, say: Say) -> None:
     """Do steps without end; say what begins, and whether it was acknowledged or refused."""
     db = OperatorDb(path, durable=rng.random() < 0.5)
+    tallies, handled, (_, name) = tallies_of(db), [], handler_key(prefix[0])
+
+    def handle(*_: object) -> None:
+        """Read, and write what is then never lost, or refused at once."""
+        db.get_session(prefix[0])
+        with suppress(ConflictError):
+            tallies.update(name, lambda tally: replace(tally, count=tally.count + 1))
+            handled.append("handled")
+
+    signal.signal(signal.SIGALRM, handle)
     for n in itertools.count():
         step = choose_step(model, f"{prefix}-{n}", rng)
         (fault,) = rng.choices(FAULTS, [each.weight for each in FAULTS])
@@ -5760,6 +7433,8 @@ def work(path: str, prefix: str, model: Model, rng: random.Random, say: Say) -> 
         else:
             say("acknowledged")
             model = after_step(model, step)
+        for _ in range(len(handled)):
+            say(handled.pop())
 
 
 def expected_of(model: Model, found: Model) -> Model:
@@ -5781,13 +7456,14 @@ class Soak:
             random.Random(seed),
         )
         self.models: dict[str, Model] = {
-            worker: {("tallies", worker): ("tally", 0)} for worker in "012"
+            worker: {("tallies", worker): ("tally", 0), handler_key(worker): ("tally", 0)}
+            for worker in "012"
         }
         self.counts, self.failures = Counter[str](), list[str]()
         with OperatorDb(self.path) as db:
             db.store_config(OperatorConfig(keypairs={"main": "nobody's"}))
-            for worker in self.models:
-                tallies_of(db).put(Tally(name=worker))
+            for _, name in (key for model in self.models.values() for key in model):
+                tallies_of(db).put(Tally(name=name))
 
     def run(self, minutes: float) -> None:
         """Go on for some minutes, or until something is wrong."""
@@ -5802,6 +7478,7 @@ class Soak:
                     stored = {key: facts_of(record) for key, record in every_record(db)}
                 self.compare(stored, pending)
                 self.flip_bits(stored)
+                self.tamper()
             except (AssertionError, OperatorDbError) as error:  # of a worker, or of this process
                 self.failures.append(str(error)[-3000:])  # the end of a traceback
                 for pid in Child.alive:
@@ -5824,6 +7501,11 @@ class Soak:
         self.counts["kills"] += 1
         step = None
         for line in said:
+            if line == "handled":
+                _, count = self.models[worker][handler_key(worker)]
+                self.models[worker][handler_key(worker)] = ("tally", count + 1)
+                self.counts[line] += 1
+                continue
             if step is None:
                 step = Step(*json.loads(line))
                 self.counts["operations"] += 1
@@ -5845,6 +7527,10 @@ class Soak:
             }
             step = pending[worker]
             possible = [model] if step is None else [after_step(model, step), model]
+            # the handler's writes of that step may have been acknowledged, and not yet told of
+            found_count = found.get(handler_key(worker), ("tally", 0))[1]
+            if step and found_count > model[handler_key(worker)][1]:
+                possible = [{**m, handler_key(worker): ("tally", found_count)} for m in possible]
             fitting = [each for each in possible if expected_of(each, found) == found]
             if fitting:
                 self.models[worker] = fitting[0]
@@ -5868,6 +7554,52 @@ class Soak:
                     for key, record in every_record(db):
                         if facts_of(record) != stored.get(key):
                             self.failures.append(f"a flipped bit changed {':'.join(key)}")
+
+    def tamper(self) -> None:
+        """Leave, lose or change a part of a copy: it must be refused or reported, and not hang."""
+        image, log = read_bytes(self.path), b"a log of a database that is gone" * 99
+        pages = len(image) // 4096
+        page = self.rng.randrange(1, pages - 1) * 4096
+
+        def hide_a_trigger(path: str) -> None:
+            with closing(sqlite3.connect(path, isolation_level=None)) as other:
+                trigger = "CREATE TRIGGER t AFTER INSERT ON tasks BEGIN DELETE FROM proofs; END"
+                other.execute(trigger)
+                other.execute("PRAGMA writable_schema = ON")
+                other.execute("UPDATE sqlite_master SET type = 'TRIGGER' WHERE name = 't'")
+
+        def open_and_check(path: str) -> list[str]:
+            try:
+                with OperatorDb(path, durable=False) as db:
+                    return db.check()
+            except OperatorDbError:
+                return ["refused"]
+
+        cases: dict[str, tuple[bytes | None, bytes, Callable[[str], object]]] = {
+            "a log without its database": (None, log, lambda path: None),
+            "an empty database beside its log": (b"", log, lambda path: None),
+            "a second name": (image, b"", lambda path: os.link(path, path + ".second")),
+            "a hidden trigger": (image, b"", hide_a_trigger),
+            "two pages of zeros": (
+                image[:page] + bytes(8192) + image[page + 8192 :],
+                b"",
+                lambda path: None,
+            ),
+        }
+        for label, (content, log, change) in cases.items():
+            self.counts["tampered"] += 1
+            with tempfile.TemporaryDirectory(prefix="operator-soak-") as folder:
+                path = os.path.join(folder, "copy.db")
+                if content is not None:
+                    write_bytes(path, content)
+                if log:
+                    write_bytes(path + "-wal", log)
+                change(path)
+                problems = in_child(partial(open_and_check, path), seconds=20)
+                if not problems and label != "two pages of zeros":  # they may be unused ones
+                    self.failures.append(f"{label} is not noticed")
+                if log and read_bytes(path + "-wal") != log:
+                    self.failures.append(f"{label}: the log was changed")
 
 
 def soak(argv: list[str]) -> int:
