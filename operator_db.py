@@ -3016,6 +3016,7 @@ if hasattr(os, "register_at_fork"):
     # before a fork, the hook that was registered last is called first; after it, the first
     os.register_at_fork(before=partial(_before_fork, is_second_call=True))
     os.register_at_fork(before=partial(_before_fork, is_second_call=False))
+    os.register_at_fork(after_in_child=_forks_interrupted.clear)  # the parent's
     os.register_at_fork(after_in_child=partial(_unusable_reasons.append, _UNFINISHED))
     os.register_at_fork(after_in_child=partial(_after_fork_in_child, is_second_call=False))
     os.register_at_fork(after_in_child=partial(_after_fork_in_child, is_second_call=True))
