@@ -956,13 +956,20 @@ class _Codec(Generic[R]):
     def encode(self, record: R) -> str:
         """Return a valid record as one JSON document."""
         try:
-            text = _encode_json(self.to_json(record))
-            if not self._is_ours and _encode_json(self.to_json(self.decode(text.encode()))) != text:
-                raise ValueError("its constructor changes it")
+            return self._encode_reversibly(record)
         except (ValueError, TypeError, RecursionError):  # an int of over 4,300 digits, for one
-            raise InvalidRecordError(
-                f"{self.name} holds what would not be read back as it is"
-            ) from None
+            try:
+                self._encode_reversibly(record)
+            except (ValueError, TypeError, RecursionError):
+                raise InvalidRecordError(
+                    f"{self.name} holds what would not be read back as it is"
+                ) from None
+            raise  # by a signal handler
+
+    def _encode_reversibly(self, record: R) -> str:
+        text = _encode_json(self.to_json(record))
+        if not self._is_ours and _encode_json(self.to_json(self.decode(text.encode()))) != text:
+            raise ValueError("its constructor changes it")
         return text
 
     def decode(self, text: bytes) -> R:
@@ -1071,12 +1078,14 @@ def _absolute_path(path: _Path) -> str:
     except (TypeError, ValueError) as error:
         raise InvalidRecordError(f"{_truncated_repr(path)} is not a path: {error}") from None
     except OSError as error:  # a relative path, and the working directory is gone
+        if error.errno is None:
+            raise
         raise StorageError(f"{_truncated_repr(path)}: {error.strerror}") from None
 
 
 def _is_memory(path: _Path | None) -> bool:
     """Whether a path, or else AGENC_DB_PATH, asks for a private database."""
-    given = path or os.environ.get("AGENC_DB_PATH")
+    given = os.environ.get("AGENC_DB_PATH") if path is None else path
     return _is_path(given) and os.fsdecode(cast(Any, given)) == ":memory:"
 
 
@@ -1102,9 +1111,10 @@ def _file_identity(path: str) -> tuple[int, int]:
 
 
 def _leftover_names(path: str) -> list[str]:
-    """Return the names that a process killed while it created a database has left of it.
+    """Return the temporary names that a killed creation has left of the file at a path.
 
-    That was after it linked its temporary file to the path, and before it removed it.
+    A process that is killed after it has linked its temporary file to the path, and before it
+    unlinks it, leaves both names.
     """
     folder, name = os.path.split(path)
     found = []
@@ -1129,8 +1139,9 @@ def _has_second_name(path: str) -> bool:
 def _has_hot_journal(path: str) -> bool:
     """Whether there is a rollback journal with pages that SQLite would put back into the file.
 
-    Its header is described in https://www.sqlite.org/fileformat2.html#the_rollback_journal. A
-    database that was created a moment ago may have one whose database was empty, of 0 pages.
+    Bytes 16 to 19 of its header are the size, in pages, that the database had: 0 in the journal of
+    one that is being created, which holds nothing to put back
+    (https://www.sqlite.org/fileformat2.html#the_rollback_journal).
     """
     with suppress(OSError), open(path + "-journal", "rb") as journal:
         header = journal.read(20)
@@ -1250,14 +1261,21 @@ def _check_can_overwrite(path: str, overwrite: bool) -> None:
 def _publish(temporary: str, path: str) -> None:
     """Give a file its final name, unless that is taken."""
     try:
-        os.link(temporary, path)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links here (Android, FAT)
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.unlink(path)
+                raise
     except FileExistsError:
         raise StorageError(
             f"{path} is there already: choose another name, or overwrite it"
         ) from None
-    except OSError:  # no hard links here (Android, FAT)
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-        os.replace(temporary, path)
 
 
 def _sync_directory(path: str) -> None:
@@ -1365,6 +1383,8 @@ def _read_lines(file: _File) -> Iterator[bytes]:
             line: str | bytes = source.readline(limit)
             # a lone surrogate passes here: as invalid UTF-8 it is refused where its line is known
             return line if isinstance(line, bytes) else line.encode(errors="surrogatepass")
+        except TimeoutError:  # an alarm's, or the stream's own
+            raise
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise StorageError(f"the stream cannot be read: {error}") from None
         except MemoryError:
@@ -1395,7 +1415,7 @@ _ROLLBACK_TO = "ROLLBACK TO {}"
 _READ_ANYTHING = "SELECT 1 FROM sqlite_master LIMIT 1"
 _VACUUM = "VACUUM"
 _AUTO_VACUUM = "PRAGMA auto_vacuum"
-_INCREMENTAL = 2  # its value
+_INCREMENTAL = 2  # the mode that gives unused pages back when asked
 _SET_AUTO_VACUUM = f"{_AUTO_VACUUM}={_INCREMENTAL}"
 _PAGE_SIZE = "PRAGMA page_size"
 _USER_VERSION = "PRAGMA user_version"
@@ -1420,8 +1440,8 @@ class _Connection(sqlite3.Connection):
     path: str
     timeout: float
     mode: str
-    holder: _Ticket  # who uses it, or did last
-    last_error: OperatorDbError | None = None
+    holder: _Ticket  # of a read connection: the ticket that uses it, or did last
+    last_error = ""  # the text of the last error: it may have ended a transaction
     _execute = sqlite3.Connection.execute
 
     @property
@@ -1440,8 +1460,9 @@ class _Connection(sqlite3.Connection):
         byte_limit: int | None = None,
         deadline: float | None = None,
     ) -> list[_Row]:
-        """Execute a statement and return its rows, or the first ones within a limit of bytes.
+        """Execute a statement and return its rows.
 
+        With a limit of bytes, the last is the one that exceeds it, so that there is at least one.
         The deadline for locks begins with the first one that is met, unless it is given.
         """
         while True:
@@ -1471,12 +1492,14 @@ class _Connection(sqlite3.Connection):
         """Sleep a moment and return the deadline if others hold a lock; else raise our error."""
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
-            self.last_error = _translate_error(error, self.path)
-            raise self.last_error from None
+            translated = _translate_error(error, self.path)
+            self.last_error = str(translated)  # the error itself would keep its callers' frames
+            raise translated from None
         deadline = deadline or time.monotonic() + self.timeout
         if time.monotonic() >= deadline:
             raise BusyError(
-                f"{self.path}: others did not release a lock for {self.timeout:g} s; try again"
+                f"{self.path}: a lock was not free within the {self.timeout:g} s that this call may"
+                " wait; try again"
             ) from None
         time.sleep(_POLL_INTERVAL)
         return deadline
@@ -1511,7 +1534,7 @@ _SQLITE_ERRORS = (sqlite3.Error, OverflowError, UnicodeError)
 
 
 def _byte_limit(limit: int) -> Callable[[_Row], bool]:
-    """Return a predicate for `takewhile` that stops after `limit` bytes of text columns."""
+    """Return a predicate for `takewhile` that ends after the row which exceeds the limit."""
 
     def is_within(row: _Row) -> bool:
         nonlocal limit
@@ -1695,7 +1718,7 @@ _Definition = tuple[bytes, bytes, bytes, bytes]  # type, name, table, sql
 
 
 def _read_definitions(query: Callable[..., list[_Row]], path: str) -> list[_Definition]:
-    """Return what the file defines; raise ForeignFileError for what hides its nature.
+    """Return what the file defines; raise ForeignFileError for a row that SQLite never writes.
 
     SQLite goes by the sql of a row of sqlite_master alone. A row whose type ended in a NUL, or was
     in capitals, hid from others a trigger that deleted every proof.
@@ -1781,7 +1804,7 @@ def _inspect_file(path: str, timeout: float) -> int | None:
         if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
             return _inspect_file(path, timeout)  # a checkpoint went on beneath an immutable read
         if isinstance(error, _NotSqliteError):
-            raise _identify_foreign_file(path) or error from None
+            raise _identify_foreign_file(path) or DamagedError(str(error)) from None
         raise
 
 
@@ -1805,9 +1828,9 @@ def _inspect_with_sqlite(path: str, timeout: float) -> int:
 
 def _ensure_wal_mode(connection: _Connection) -> None:
     """Take a database into WAL mode, also one that another program has taken out of it."""
-    if connection.pragma("journal_mode") != "wal":  # asked first: setting it takes locks
-        connection.pragma("journal_mode=WAL")
-    if connection.pragma("journal_mode") != "wal":
+    if connection.pragma("journal_mode") == "wal":  # asked first: setting it takes locks
+        return
+    if connection.pragma("journal_mode=WAL") != "wal":
         raise StorageError(
             f"{connection.path}: this file system does not support SQLite's write-ahead log"
         )
@@ -1907,21 +1930,23 @@ def _snapshot_before_migration(path: str, timeout: float, version: int) -> None:
 # One file has one write connection and a pool of read connections. Writers stand in a queue, first
 # come first served, and each uses the write connection for one transaction. Each reader checks a
 # connection out of the pool, because a connection that two threads use at once returns another
-# row's data, or crashes the interpreter (https://github.com/python/cpython/issues/118172). Who may
-# use what is written on tickets; a fork, and close(), wait until no ticket that has its turn is in
-# force, and then close the connections.
+# row's data, or crashes the interpreter (https://github.com/python/cpython/issues/118172). Tickets
+# record who may use which connection. A fork or close() waits until no ticket that has its turn is
+# in force, and then closes the connections.
 #
 # A user's transaction() stands in a context variable, so that the verbs within it join it. A verb's
 # own transaction or snapshot does not: the verb hands it on, as a unit of work, to the namespace
 # methods that it is made of. So code that interrupts a verb in its own thread (a signal handler, a
 # finalizer) never gets into the middle of it. It may read, and sees what was committed last; a
-# write is refused at once. A function that a verb calls (`change`, `keep`, `progress`) may read,
+# write is refused at once. Between two verbs of a block it is like a line of the block: what it
+# writes becomes part of it. A function that a verb calls (`change`, `keep`, `progress`) may read,
 # too, and sees what the transaction has done so far, if that is a user's.
 
 _CHECKPOINT_BYTES = 4 * 2**20  # how much longer the WAL may have become since a checkpoint
-_CHECKPOINT_WRITES = 200  # how many writes there may be, for a WAL that begins anew keeps its size
+_CHECKPOINT_WRITES = 200  # statements between two, for a WAL that starts over keeps its size
 _PAGES_PER_STEP = 500  # how many are copied, or given back to the file system, at a time
 _PAUSE_FOR_OTHERS = 0.002  # seconds; other processes look for the write lock every millisecond
+_LONG_WRITE = 0.01  # seconds, after which a writer lets others in
 _VERIFY_INTERVAL = 0.5  # seconds between the reads that look whether the file was replaced
 
 
@@ -1950,7 +1975,7 @@ class _Ticket:
 
     has_turn = False  # granted; it stays so, and counts only while the ticket is in force
     connection: _Connection | None = None
-    token: Token[_Ticket | None] | None = None  # of the context that opened its block
+    tokens: deque[Token[_Ticket | None]] | None = None  # one, of the context that opened its block
     savepoints = 0  # how many its transaction has had
 
     # Two more locks of a user's transaction, which end by themselves as `in_force` does: locked
@@ -1981,7 +2006,7 @@ class _InterruptSafeContext:
     transaction stays open for as long as somebody handles or keeps the exception. In 21,313
     interrupts, 161 acknowledged writes that were made meanwhile were rolled back with it. Here:
 
-    1. `with` looks up `__exit__`, before it calls `__enter__`. The descriptor `_Exit` moves the
+    1. `with` looks up `__exit__` before it calls `__enter__`. The descriptor `_Exit` moves the
        strong reference from this object into the function that it returns, which the with
        statement keeps on its stack.
     2. `with` calls `__enter__`, which starts the generator. An interrupt there closes it.
@@ -1991,9 +2016,9 @@ class _InterruptSafeContext:
        generator: its `except` clauses undo the transaction, however long somebody keeps the
        exception.
 
-    24,672 interrupts lost none. This relies on CPython, which looks up `__exit__` first and counts
-    references. A `contextlib.ExitStack` refers to this object itself, and so there the generator
-    ends as contextlib's does.
+    24,672 interrupts lost none. This relies on CPython, which looks up `__exit__` before it calls
+    `__enter__`, and counts references. A `contextlib.ExitStack` refers to this object itself, and
+    so there the generator ends as contextlib's does.
     """
 
     def __init__(self, generator: Generator[Any, None, None]) -> None:
@@ -2062,20 +2087,19 @@ def _interrupt_safe_context(
 
 _stores: weakref.WeakSet[_Store] = weakref.WeakSet()  # of this process
 _stores_lock = threading.RLock()
-_inherited_files: set[tuple[int, int]] = set()  # that an inherited connection is open to
+# (device, inode) of each file that a connection inherited by this child is open to
+_inherited_files: set[tuple[int, int]] = set()
 # What the hooks at the end of this room leave for each other; each holds identifiers of threads.
 _fork_lock = threading.RLock()  # owned by the thread whose fork is prepared
-_forking_threads: set[int] = set()  # those that are forking, or wait for their turn to
+_forking_threads: set[int] = set()  # those that prepare a fork, or wait for their turn to
 _forks_coming: set[int] = set()  # from now on no writer begins
 _forks_stopping_readers: set[int] = set()  # from now on no reader begins
 _forks_prepared: set[int] = set()  # nobody is at work any more
 _forks_waited_for: set[int] = set()  # they are prepared, or others were at work for too long
 _forks_interrupted: set[int] = set()  # KeyboardInterrupt is due when they are done
 _unusable_reasons: list[str] = []  # why a child cannot use any database
-_UNPREPARED = (
-    "cannot be used in this process, which was forked while a database was in use: start a new one"
-)
-_UNFINISHED = "cannot be used in this process, whose fork Ctrl-C has interrupted: start a new one"
+_UNPREPARED = "cannot be used here: this process was forked while a database was in use"
+_UNFINISHED = "cannot be used here: Ctrl-C has interrupted how this process was forked"
 
 
 class _UnitOfWork:
@@ -2123,21 +2147,26 @@ class _Store:
         self._reset_state()
         with _stores_lock:
             _stores.add(self)
-        # a writer's, so that fork and close() wait for the opening
-        ticket = _Ticket(timeout, writes=True)
         if _unusable_reasons:
             raise ConflictError(f"{path} {_unusable_reasons[0]}")
-        with ticket.in_force:
-            self._wait_for_turn(ticket)
-            self._open()
+        ticket = _Ticket(timeout, writes=True)  # a writer's, so that a fork waits for the opening
+        try:
+            with ticket.in_force:
+                self._wait_for_turn(ticket)
+                self._open()
+        except BaseException:
+            self._closed_reason = "could not be opened"  # its file is a plain one again
+            self._close_connections()
+            raise
 
     def _reset_state(self) -> None:
         """Begin with no connection and nobody waiting: at first, and in a forked child."""
         self._mutex = threading.RLock()  # reentrant for the sake of signal handlers
         self._queue: deque[_Ticket] = deque()  # of writers
         self._read_connections: list[_Connection] = []
-        # Each thread's tickets: by `reader` it finds its connection again, and by all of them it
-        # is known to be at work when a signal handler interrupts it.
+        # Each thread's tickets: `reader`, of its single reads, by which it finds its connection
+        # again; `outer`, of its outermost transaction or snapshot. While either is in force, the
+        # thread is in a call already, and what asks has interrupted that.
         self._local = threading.local()
         self._write_connection: _Connection | None = None
         self._log_identities: dict[str, tuple[int, int]] = {}  # of the WAL and the -shm, by path
@@ -2207,7 +2236,7 @@ class _Store:
         new database: nobody here may open the rest until this is closed.
         """
         lost = self._find_lost_files()[0] if self._connections() else []
-        return 0 < len(lost) <= len(self._log_identities)
+        return 0 < len(lost) < 1 + len(self._log_identities)  # the one is the database itself
 
     def _identify_logs(self, connection: _Connection) -> dict[str, tuple[int, int]]:
         """Return the identities of the WAL and the -shm that a connection has open."""
@@ -2263,23 +2292,27 @@ class _Store:
     # ---- whose turn it is
 
     def _current_transaction(self) -> _Ticket | None:
-        """Return the ticket of the transaction or snapshot that this call stands in.
+        """Return the ticket of the user's transaction that this call stands in.
 
         It must have been opened by this thread, and in this very context.
         """
         ticket = self._current.get()
-        if ticket is None or ticket.token is None or ticket.thread != threading.get_ident():
+        if ticket is None or not ticket.tokens or ticket.thread != threading.get_ident():
             return None
         # A token can be reset only once, and in the context that made it. There is no other way to
         # ask whether this is that context, and not a copy for a task or worker begun in the block.
         try:
-            self._current.reset(ticket.token)
-        except (ValueError, RuntimeError):  # another context; a token that was used already
-            return None
-        except BaseException:  # KeyboardInterrupt, after the reset
-            ticket.token = self._current.set(ticket)
+            self._current.reset(ticket.tokens[0])
+            self._enter_context(ticket)
+        except BaseException as error:
+            if self._current.get() is not ticket:  # an interrupt, after the reset
+                self._enter_context(ticket)
+                raise
+            # what a signal handler has raised has a frame of its own
+            is_of_reset = error.__traceback__ is None or error.__traceback__.tb_next is None
+            if is_of_reset and isinstance(error, (ValueError, RuntimeError)):
+                return None  # another context; a token that was used already
             raise
-        ticket.token = self._current.set(ticket)
         return ticket if ticket.in_force.locked() else None
 
     def _block_to_read(self) -> _Ticket | None:
@@ -2319,8 +2352,9 @@ class _Store:
         return connection
 
     def _raise_if_unusable(self) -> None:
-        if _unusable_reasons or self._closed_reason:
-            raise ClosedError(f"{self.path} {[*_unusable_reasons, self._closed_reason][0]}")
+        reason = _unusable_reasons[0] if _unusable_reasons else self._closed_reason
+        if reason:
+            raise ClosedError(f"{self.path} {reason}")
         if self._replaced:
             self._raise_replaced()
 
@@ -2331,7 +2365,7 @@ class _Store:
     def raise_if_in_transaction(self, what: str) -> None:
         """Raise ConflictError inside the thread's own transaction."""
         if self.is_in_transaction():
-            raise ConflictError(f"{what} inside a transaction: call it outside of the block")
+            raise ConflictError(f"{what} inside a transaction: call it outside the block")
 
     def _has_interrupted_call(self, ticket: _Ticket | None = None) -> bool:
         """Whether this thread is in the middle of another call to this store than the ticket's."""
@@ -2415,6 +2449,7 @@ class _Store:
                     f"{self.path} was in use by other threads, a fork or close() for"
                     f" {self.timeout:g} s; try again"
                 )
+            # the further back, the longer: most are woken by the one before them
             ticket.wake.acquire(timeout=min(_POLL_INTERVAL * max(1, ahead), remaining))
 
     def _drop_ended_and_count_ahead(self, ticket: _Ticket) -> int:
@@ -2425,13 +2460,14 @@ class _Store:
 
     def _wake_next_writer(self) -> None:
         """Let the first writer that waits look at once whether its turn has come."""
-        if len(self._queue) > 1:  # the first in it is the one that has just left
+        # usually the first is the one that has just left; whoever is woken in vain sleeps again
+        if len(self._queue) > 1:
             with suppress(IndexError, RuntimeError):  # it has gone, or is awake
                 self._queue[1].wake.release()
 
     def _check_out_reader(self, ticket: _Ticket) -> None:
         """Give the ticket a read connection that nobody uses, if possible the one it had before."""
-        now = ticket.deadline - self.timeout
+        now = time.monotonic()
         if now >= self._verify_at:  # from time to time, or reads would miss that the file is gone
             self._verify_at = now + _VERIFY_INTERVAL
             self._verify_files()
@@ -2457,9 +2493,13 @@ class _Store:
             open_modes = (c.mode for c in self._read_connections if c.mode != "immutable")
             mode = next(open_modes, "") or _reading_mode(self.path)
         connection = self._connect(mode)
-        if self.read_only and not self._log_identities and mode != "immutable":
-            self._log_identities = self._identify_logs(connection)
-        self._raise_if_unusable()  # closed by a signal handler, meanwhile
+        try:
+            if self.read_only and not self._log_identities and mode != "immutable":
+                self._log_identities = self._identify_logs(connection)
+            self._raise_if_unusable()  # closed by a signal handler, meanwhile
+        except BaseException:
+            connection.close()
+            raise
         connection.holder = ticket
         self._read_connections.append(connection)
         return connection
@@ -2496,14 +2536,13 @@ class _Store:
         block = self._block_to_join()
         if block is not None:
             return _UnitOfWork(self, block).write(sql, parameters)
-        self.writes += 1
         ticket = _Ticket(self.timeout, writes=True)
         with ticket.in_force:
             self._wait_for_turn(ticket)
             connection = self._take_writer()
             try:
                 began = self._begin(ticket, connection)
-                changed = self.require_active(ticket).execute(sql, parameters).rowcount
+                changed = _UnitOfWork(self, ticket).write(sql, parameters)
                 self.require_active(ticket).query(_COMMIT)
             except BaseException:
                 if ticket.connection is not None:  # None in a forked child: it is the parent's
@@ -2528,19 +2567,19 @@ class _Store:
             try:
                 # inside the try: outside of it, 5.5 % of interrupts left SQLite's write lock held
                 began = self._begin(ticket, connection)
-                ticket.token = self._current.set(ticket)
+                self._enter_context(ticket)
                 yield
                 # Without its token a ticket is no current transaction: a signal handler that reads
                 # from here on sees the last commit.
-                entered, ticket.token = ticket.token, None
+                entered, ticket.tokens = ticket.tokens, None
                 self._leave_context(entered)
                 self.require_active(ticket).query(_COMMIT)
             except BaseException:
-                token, ticket.token = ticket.token, None
+                entered, ticket.tokens = ticket.tokens, None
                 # No call comes before the rollback, which is one into C: no interrupt prevents it.
                 if ticket.connection is not None:
                     connection.rollback()
-                self._leave_context(token)
+                self._leave_context(entered)
                 raise
             self._finish_commit(connection, began)
         self._wake_next_writer()
@@ -2596,7 +2635,9 @@ class _Store:
         ticket = _Ticket(self.timeout, writes=True)
         with ticket.in_force:
             self._wait_for_turn(ticket)
-            yield self._take_writer()
+            connection = self._take_writer()
+            self._verify_files()  # a checkpoint by a -shm of our own deletes what others commit
+            yield connection
         self._wake_next_writer()
 
     def _begin(self, ticket: _Ticket, connection: _Connection) -> float:
@@ -2604,7 +2645,7 @@ class _Store:
 
         Raises NewerSchemaError if a newer version of this module has migrated the file meanwhile.
         """
-        ticket.connection, connection.last_error = connection, None
+        ticket.connection, connection.last_error = connection, ""
         connection.query(_BEGIN_WRITE, deadline=ticket.deadline)
         # a write by a -shm that others do not have would overwrite in the WAL what they commit
         self._verify_files()
@@ -2631,14 +2672,21 @@ class _Store:
                     # unless they are waited for, steady readers keep the log from starting over
                     connection.checkpoint("TRUNCATE", wait_for_readers_ms=100)
                 self._wal_size = _file_size(self.path + "-wal")
-        if time.monotonic() - began > 0.01:
+        if time.monotonic() - began > _LONG_WRITE:
             time.sleep(_PAUSE_FOR_OTHERS)
 
-    def _leave_context(self, token: Token[_Ticket | None] | None) -> None:
-        """Take a transaction or snapshot out of the context that opened it."""
-        if token is not None:
+    def _enter_context(self, ticket: _Ticket) -> None:
+        """Make a user's transaction the current one of this context."""
+        if ticket.tokens is None:
+            ticket.tokens = deque(maxlen=1)
+        # one call into C, for without its token a transaction could not be found again
+        ticket.tokens.extend(map(self._current.set, (ticket,)))
+
+    def _leave_context(self, tokens: deque[Token[_Ticket | None]] | None) -> None:
+        """Take a user's transaction out of the context that opened it."""
+        if tokens:
             with suppress(ValueError, RuntimeError):  # left in another context than it was opened
-                self._current.reset(token)
+                self._current.reset(tokens[0])
 
     @_interrupt_safe_context
     def _savepoint(self, ticket: _Ticket) -> Generator[None, None, None]:
@@ -2646,20 +2694,24 @@ class _Store:
         ticket.savepoints += 1
         # no name is used twice: RELEASE may have been executed already when an interrupt is seen
         name = f"block_{ticket.savepoints}"
+        # not in the try: one that an interrupt leaves behind here is empty, and ends with COMMIT
+        self.require_active(ticket).query(_SAVEPOINT.format(name))
         try:
-            self.require_active(ticket).query(_SAVEPOINT.format(name))
             yield
             self.require_active(ticket).query(_RELEASE.format(name))
-        except BaseException as error:
+        except BaseException:
             connection = ticket.connection
-            if connection is not None and connection.in_transaction:
+            if connection is not None:
                 try:
-                    connection.query(_ROLLBACK_TO.format(name))
-                    connection.query(_RELEASE.format(name))
-                except OperatorDbError:
-                    if isinstance(error, Exception):
+                    if connection.in_transaction:
+                        connection.query(_ROLLBACK_TO.format(name))
+                        connection.query(_RELEASE.format(name))
+                except BaseException as failure:
+                    # RELEASE may have been executed when the interrupt was seen: all was done then
+                    if "no such savepoint" not in str(failure):
+                        connection.rollback()  # what cannot be undone alone goes with the whole
+                    if not isinstance(failure, OperatorDbError):
                         raise
-                    # an interrupt: the savepoint was released already, or not yet made
             raise
 
     # ---- upkeep; these do nothing, or raise, inside one's own transaction
@@ -2692,7 +2744,7 @@ class _Store:
 
     def vacuum(self) -> None:
         """Rebuild the file without gaps, as one transaction."""
-        self.raise_if_in_transaction("compact()")
+        self.raise_if_in_transaction("compact() cannot run")
         with self._writer_turn() as connection:
             connection.query(_SET_AUTO_VACUUM)  # takes effect now, whoever made the file
             connection.query(_VACUUM)
@@ -2702,7 +2754,7 @@ class _Store:
 
     def copy_to(self, path: str, progress: Progress | None) -> None:
         """Copy one state of the database into an empty file, while others read and write."""
-        self.raise_if_in_transaction("backup()")
+        self.raise_if_in_transaction("backup() cannot run")
         with self.snapshot() as snapshot, closing(_connect(path, self.timeout)) as target:
             self._copy_snapshot(snapshot, target, progress)
 
@@ -2712,7 +2764,7 @@ class _Store:
         Through SQLite, never by moving files: replacing a database while its WAL exists corrupts
         it (https://www.sqlite.org/howtocorrupt.html, section 1.4).
         """
-        self.raise_if_in_transaction("restore()")
+        self.raise_if_in_transaction("restore() cannot run")
         with source.snapshot() as snapshot:
             if snapshot.read(_PAGE_SIZE) != self.read(_PAGE_SIZE):
                 raise StorageError(
@@ -2744,18 +2796,11 @@ class _Store:
                 raise BusyError(
                     f"{target.path} was locked by others for {target.timeout:g} s; try again"
                 )
-            try:
-                if progress is not None:
-                    progress(pages - remaining, pages)
-            finally:
-                if os.getpid() != process:
-                    # A child that progress() has forked. Were it to go on, SQLite would undo, in
-                    # files that are its parent's, what that writes meanwhile.
-                    os._exit(os.EX_SOFTWARE)
+            if progress is not None:
+                progress(pages - remaining, pages)
 
-        process = os.getpid()
-        copy = partial(source.backup, target, pages=_PAGES_PER_STEP, progress=watch)
-        target.with_retries(partial(copy, sleep=_POLL_INTERVAL))
+        options: _Json = {"pages": _PAGES_PER_STEP, "progress": watch, "sleep": _POLL_INTERVAL}
+        target.with_retries(partial(source.backup, target, **options))
 
     def size(self) -> int:
         """Return the bytes that the database and its WAL take."""
@@ -2786,7 +2831,8 @@ class _Store:
         read-only connection is closed last, with which SQLite does not do so. A WAL that is left
         behind a database that was replaced would be played into its successor: it is moved aside.
         """
-        connections, lost = self._connections(), list[str]()
+        connections = self._connections()
+        lost: list[str] = []
         with suppress(StorageError):
             lost = self._find_lost_files()[0] if connections else []
         wal, is_replaced = self.path + "-wal", self.path in lost
@@ -2862,11 +2908,12 @@ class _Store:
     def close_before_fork(self) -> bool:
         """Close every connection if no thread is at work; return whether the fork may go on.
 
-        A thread that is itself forking is not waited for, and its connections stay open.
+        A thread that is itself forking, in a block or in a signal handler, is not waited for, and
+        its connections stay open.
         """
         with self._mutex:
             at_work = self.threads_at_work()
-            if not at_work:
+            if not at_work and not self._has_interrupted_call():
                 self._close_connections()
             return at_work.issubset(_forking_threads)
 
@@ -2875,7 +2922,8 @@ class _Store:
 
         In an order in which it can be interrupted, and done again.
         """
-        if inherited := self._connections():
+        inherited = self._connections()
+        if inherited or self._has_interrupted_call():
             import ctypes
 
             # Never closed here, not even when the interpreter ends: that may delete the parent's
@@ -2939,21 +2987,21 @@ def _before_fork(*, is_second_call: bool) -> None:
        too long, every database of the child refuses.
 
     An exception in a hook is printed, and the fork goes on. So each hook is called twice: if
-    KeyboardInterrupt ends the first call, wherever it lands, the second does the work all the same,
-    and the process gets the interrupt when it has forked; one that lands in the second call, which
-    has nothing left to do, is only printed. What clears the notes, and what keeps a
+    KeyboardInterrupt ends the first call, the second does the work all the same, and the process
+    gets the interrupt when it has forked; one that lands between the lines that see to this is only
+    printed. What clears the notes, and what keeps a
     child from using anything until its hook has come to its end, are calls into C, which cannot be
     interrupted.
     """
     thread = threading.get_ident()
     if is_second_call:
-        if thread in _forks_waited_for:
-            return
-        _forks_interrupted.add(thread)
-        _prepare_fork(thread)
-    else:
-        with suppress(KeyboardInterrupt):
+        if thread not in _forks_waited_for:
             _prepare_fork(thread)
+        return
+    try:
+        _prepare_fork(thread)
+    except KeyboardInterrupt:
+        _forks_interrupted.add(thread)
 
 
 def _prepare_fork(thread: int) -> None:
@@ -2973,7 +3021,7 @@ def _prepare_fork(thread: int) -> None:
 
 
 def _wait_for_stores(started: float, is_done: Callable[[_Store], bool]) -> bool:
-    """Wait until something is so for every store, or the time of those it is not so for is up."""
+    """Wait until `is_done` holds for every store; False once the time of the others is up."""
     while waiting := [store for store in _all_stores() if not is_done(store)]:
         if not any(time.monotonic() < started + store.timeout for store in waiting):
             return False
@@ -2985,6 +3033,7 @@ def _repeat_interrupt() -> None:
     """Send SIGINT to this thread again, if one has ended a hook."""
     thread = threading.get_ident()
     if thread in _forks_interrupted:
+        _forks_interrupted.discard(thread)
         import signal
 
         # later, for what is raised in a hook is only printed
@@ -3013,7 +3062,7 @@ def _start_over_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # before a fork, the hook that was registered last is called first; after it, the first
+    # before a fork, hooks run in reverse order of registration; after it, in order
     os.register_at_fork(before=partial(_before_fork, is_second_call=True))
     os.register_at_fork(before=partial(_before_fork, is_second_call=False))
     os.register_at_fork(after_in_child=_forks_interrupted.clear)  # the parent's
@@ -3021,13 +3070,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=partial(_after_fork_in_child, is_second_call=False))
     os.register_at_fork(after_in_child=partial(_after_fork_in_child, is_second_call=True))
     os.register_at_fork(after_in_parent=_repeat_interrupt, after_in_child=_repeat_interrupt)
-    for _notes in (
-        _forks_coming,
-        _forks_stopping_readers,
-        _forks_prepared,
-        _forks_waited_for,
-        _forks_interrupted,
-    ):
+    for _notes in (_forks_coming, _forks_stopping_readers, _forks_prepared, _forks_waited_for):
         os.register_at_fork(after_in_parent=_notes.clear, after_in_child=_notes.clear)
     os.register_at_fork(after_in_parent=_fork_lock.release, after_in_child=_fork_lock.release)
 
@@ -3299,8 +3342,10 @@ class Namespace(Generic[R]):
             return [self._decode_row(row) for row in rows]
         except (DamagedError, TypeError) as error:  # the latter from ages that do not compare
             # a row in a list may lack its key: look for the first damaged record, to name that
-            problem = next(self.problems(), f"{self.name}: {error}")
-            raise DamagedError(problem) from None
+            problem = next(self.problems(), "")
+            if not problem and isinstance(error, TypeError):
+                raise  # by a signal handler
+            raise DamagedError(problem or f"{self.name}: {error}") from None
 
     def count(self, status: Any = None) -> int:
         """Return how many records there are, or how many with this status."""
@@ -3456,13 +3501,13 @@ class Namespace(Generic[R]):
 
     def problems(self, progress: Progress | None = None) -> Iterator[str]:
         """Find every record that cannot be read back, by its key; goes on to the end."""
+        found, unread = list[str](), list[str]()
         try:
             for (key,) in self._via.read(_INVALID_ROWS.format(self.name)):
                 shown = _truncated_repr((key or b"a row without a key").decode(errors="replace"))
                 yield f"{shown} in {self.name} has a column of a wrong type: not written by us"
         except DamagedError as error:
-            yield f"{self.name}: {error}"
-        found = []
+            unread = [f"{self.name}: {error}"]  # last: `list` raises the first, which names a key
         try:
             for done, row in enumerate(self._walk(_WALK_ROWS, None), 1):
                 if progress is not None:
@@ -3473,7 +3518,7 @@ class Namespace(Generic[R]):
                     found.append(str(error))
         except DamagedError:
             found = [*self._problems_by_index()]  # which finds the same again, and more
-        yield from found
+        yield from (*found, *unread)
 
     def _problems_by_index(self) -> Iterator[str]:
         """Read each row that an index leads to by itself, past pages that cannot be read.
@@ -3566,8 +3611,12 @@ class Namespace(Generic[R]):
             if not is_second_attempt:
                 with suppress(DamagedError):
                     self._decode_row(row, is_second_attempt=True)
-                    # the row is sound: a signal handler has raised something
-                    raise (error.__context__ or error) from None
+                    # The row is sound: a signal handler has raised something. The codec may have
+                    # made a ValueError of it.
+                    cause: BaseException = error
+                    while cause.__suppress_context__ and cause.__context__:
+                        cause = cause.__context__
+                    raise cause from None
             name = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
             raise DamagedError(
                 f"{_truncated_repr(name)} is damaged: {error}; delete it, store it again, or"
@@ -4851,7 +4900,26 @@ _PROTOTYPE_TASK_FIELDS = {f.name for f in fields(TaskRecord)} - {"history"}
 # ---- backup and restore
 
 
+def _in_this_process(progress: Progress | None) -> Progress | None:
+    """Return a progress function that a child which it has forked does not return from.
+
+    Were the child to go on, it would undo or finish, in files that are its parent's, what that is
+    doing.
+    """
+    owner = os.getpid()
+
+    def report(done: int, total: int) -> None:
+        try:
+            cast(Progress, progress)(done, total)
+        finally:
+            if os.getpid() != owner:
+                os._exit(os.EX_SOFTWARE)
+
+    return progress and report
+
+
 def _backup(db: OperatorDb, path: _Path, overwrite: bool, progress: Progress | None) -> None:
+    progress = _in_this_process(progress)
     with (
         _write_atomically(_absolute_path(path), overwrite=overwrite) as temporary,
         _name_in_errors(db.path, instead_of=temporary),
@@ -4862,7 +4930,7 @@ def _backup(db: OperatorDb, path: _Path, overwrite: bool, progress: Progress | N
 
 
 def _restore(db: OperatorDb, path: _Path, progress: Progress | None) -> None:
-    origin = _absolute_path(path)
+    origin, progress = _absolute_path(path), _in_this_process(progress)
     if db._store.is_open_at(origin):
         raise InvalidRecordError(f"{origin} is this database itself")
     if not _file_exists(origin):
@@ -4956,7 +5024,7 @@ def _locate_errors(where: str) -> Iterator[None]:
         yield
     except OperatorDbError as error:
         raise type(error)(f"{where}: {error}") from None
-    except Exception as error:  # a custom class may raise anything
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidRecordError(f"{where}: {error}") from None
 
 
