@@ -3822,29 +3822,110 @@ def _parse_status(value: TaskStatus | str) -> TaskStatus:
         ) from None
 
 
-def _merge_history(task: TaskRecord, stored: TaskRecord) -> None:
-    """Make a task's history begin with what is stored, and keep the stored completion."""
-    if task.history[: len(stored.history)] != stored.history:
+def _parse_statuses(value: TaskStatus | str | Iterable[TaskStatus | str]) -> list[TaskStatus]:
+    """Return one status, or several, as a list; raise InvalidRecordError if there is none."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return [_parse_status(value)]
+    statuses = [_parse_status(each) for each in value]
+    if not statuses:
+        raise InvalidRecordError("expected= must be a task status, or several; got none")
+    return statuses
+
+
+def _begins_with(history: list[StatusChange], start: list[StatusChange]) -> bool:
+    """Whether a history is another, or goes on from it."""
+    return history[: len(start)] == start
+
+
+def _moves_back(task: TaskRecord, stored: TaskRecord) -> bool:
+    """Whether a task's status is an earlier one than the stored: they are defined in order."""
+    order = [*TaskStatus]
+    return order.index(task.status) < order.index(stored.status)
+
+
+def _is_newly_made(task: TaskRecord) -> bool:
+    """Whether a task's history is the one entry that its constructor made.
+
+    Its status and signature may have been set since.
+    """
+    first = task.history[0]
+    made = replace(task, status=first.status, on_chain_signature=first.signature, history=[])
+    return task.history == made.history
+
+
+def _is_stale(task: TaskRecord, stored: TaskRecord) -> bool:
+    """Whether a task was read, or made, without knowing how far the stored one has come."""
+    if _begins_with(task.history, stored.history):
+        return False
+    if _begins_with(stored.history, task.history):
+        return True
+    is_later = task.status != stored.status and not _moves_back(task, stored)
+    return _is_newly_made(task) and not is_later
+
+
+def _says_nothing_new(task: TaskRecord, stored: TaskRecord) -> bool:
+    """Whether all that a stale task says is stored or a default; the first claim's time stands.
+
+    An operator that was restarted does things over: it may claim a task that it has completed.
+    """
+
+    def signatures(of: TaskRecord) -> set[str | None]:
+        return {None, of.on_chain_signature, *(change.signature for change in of.history)}
+
+    default = TaskRecord(task_id=task.task_id)
+    rewards = ("reward_lamports", "reward_skr_tokens")
+    names = ("payload", "description", *rewards, "creator", "completed_at")
+    return (
+        task.status in [change.status for change in stored.history]
+        and signatures(task) <= signatures(stored)
+        and all(
+            getattr(task, name) in (getattr(default, name), getattr(stored, name)) for name in names
+        )
+    )
+
+
+def _refuse_to_go_back(task: TaskRecord, stored: TaskRecord) -> None:
+    """Raise ConflictError for a task that is stale, or whose status is an earlier one."""
+    key, what = f"tasks:{_truncated_repr(task.task_id)}", ""
+    if _is_stale(task, stored):
+        what = "has moved on since the given record was read or made"
+    elif _moves_back(task, stored):
+        what = f"is {stored.status}, and storing it does not move it back to {task.status}"
+    if what:
+        raise ConflictError(f"{key} {what}: read it again, or use update_task")
+
+
+def _go_on_from(task: TaskRecord, stored: TaskRecord) -> None:
+    """Make a task's history begin with what is stored, and end with the task's status.
+
+    A completion or signature that is stored stays where the task has none.
+    """
+    if not _begins_with(task.history, stored.history):
         later = [change for change in task.history if change not in stored.history]
         task.history[:] = stored.history + later
     if task.completed_at is None:
         task.completed_at = stored.completed_at
+    if task.on_chain_signature is None:
+        task.on_chain_signature = task.history[-1].signature or stored.on_chain_signature
+    _append_present_status(task, stored)
 
 
-def _append_present_status(task: TaskRecord, *, was_open: bool = False) -> bool:
+def _append_present_status(task: TaskRecord, stored: TaskRecord | None = None) -> bool:
     """Make a task's history end with its status; return whether it grew.
 
-    A move to completed sets `completed_at`. So does storing a task that is completed, as its
-    history shows already, over one that `was_open`.
+    The new entry has the task's signature, unless that is the stored one, of an earlier move. A
+    move to completed sets `completed_at`. So does storing a task that is completed, as its history
+    shows already, over one that is not.
     """
-    grows = True
+    signature, grows = task.on_chain_signature, True
     if task.history:
-        last, signature = task.history[-1], task.on_chain_signature
+        last = task.history[-1]
         grows = last.status != task.status or (last.signature or signature) != signature
     if grows:
-        change = StatusChange(status=task.status, signature=task.on_chain_signature)
+        is_new = stored is None or signature != stored.on_chain_signature
+        change = StatusChange(status=task.status, signature=signature if is_new else None)
         task.history.append(change)
-    moved = grows or was_open
+    moved = grows or (stored is not None and stored.status in _OPEN_STATUSES)
     if moved and task.status == TaskStatus.COMPLETED and task.completed_at is None:
         task.completed_at = task.history[-1].at
     return grows
@@ -4040,7 +4121,14 @@ class OperatorDb:
         """Store a task, in place of the one with its id; return it as it is stored.
 
         History only grows: what is stored (if that can be read) comes first, and the status comes
-        last. A move to completed sets `completed_at`. The given record is left as it is.
+        last. A move to completed sets `completed_at`, and no None takes the place of that or of
+        `on_chain_signature`. The given record is left as it is.
+
+        A record that does not know the last moves of the stored task is stale: its history is only
+        the beginning of the stored one, or it was made anew and its status is not a later one. If
+        it says nothing new, nothing changes: an operator that was restarted may claim a task over.
+        Otherwise ConflictError is raised, as for a record whose status is an earlier one than the
+        stored: read the task again, or use `update_task`.
         """
         task = _codec(TaskRecord).take(task)
         given_length, given_completion = len(task.history), task.completed_at
@@ -4051,20 +4139,52 @@ class OperatorDb:
             # undo the append, and redo it on top of the stored history
             del task.history[given_length:]
             task.completed_at = given_completion
-            self._store_over(self._tasks.within(unit), task)
+            tasks = self._tasks.within(unit)
+            stored = self._get_unless_damaged(tasks, task.task_id)
+            if stored is not None:
+                if _is_stale(task, stored) and _says_nothing_new(task, stored):
+                    return stored
+                _refuse_to_go_back(task, stored)
+            self._store_over(tasks, task, stored)
             return task
 
     @staticmethod
-    def _store_over(tasks: Namespace[TaskRecord], task: TaskRecord) -> None:
+    def _get_unless_damaged(tasks: Namespace[TaskRecord], task_id: str) -> TaskRecord | None:
+        """Return the task that a new one has to go on from; a damaged one can be overwritten."""
+        with suppress(DamagedError):
+            return tasks.get(task_id)
+        return None
+
+    @staticmethod
+    def _store_over(
+        tasks: Namespace[TaskRecord], task: TaskRecord, stored: TaskRecord | None
+    ) -> None:
         """Store a task in place of the one with its id, whose history it takes over."""
-        stored = None
-        with suppress(DamagedError):  # a damaged record can be overwritten
-            stored = tasks.get(task.task_id)
-        if stored is not None:
-            _merge_history(task, stored)
-        was_open = stored is not None and stored.status in _OPEN_STATUSES
-        _append_present_status(task, was_open=was_open)
+        if stored is None:
+            _append_present_status(task)
+        else:
+            _go_on_from(task, stored)
         tasks._put(task)
+
+    @_timed
+    def update_task(self, task_id: str, change: Callable[[TaskRecord], TaskRecord]) -> TaskRecord:
+        """Read a task, call `change(task)`, and store what it returns, as one transaction.
+
+        Returns the task as it is stored. What is stored of its history stays; a status that
+        `change` sets is added to it, with the time and a signature that is new, and is a move like
+        that of `update_task_status`, to an earlier one too. The first move to completed sets
+        `completed_at`, and no None takes the place of that or of `on_chain_signature`. For
+        `change`, see `Namespace.update`. Raises NotFoundError, and InvalidRecordError for a task of
+        another id.
+        """
+
+        def change_and_go_on(stored: TaskRecord) -> TaskRecord:
+            codec = _codec(TaskRecord)
+            task = codec.take(change(codec.copy(stored)))
+            _go_on_from(task, stored)
+            return task
+
+        return self._tasks.update(task_id, change_and_go_on)
 
     @_timed
     def get_task(self, task_id: str) -> TaskRecord | None:
@@ -4115,26 +4235,27 @@ class OperatorDb:
         *,
         signature: str | None = None,
         at: int | None = None,
-        expected: TaskStatus | str | None = None,
+        expected: TaskStatus | str | Iterable[TaskStatus | str] | None = None,
     ) -> TaskRecord:
         """Move a task to a status, record the move in its history, and return the task.
 
         `at` is in Unix seconds (default: now), `signature` is the transaction's. With `expected`,
-        ConflictError is raised unless that is the task's status now. Moving it to where it is
-        changes nothing, nor does a move whose signature the history shows already. The first move
-        to completed sets `completed_at`. Raises NotFoundError.
+        one status or several, ConflictError is raised unless the task's status now is among them.
+        Moving it to where it is changes nothing, nor does a move whose signature the history shows
+        already. It may move back. The first move to completed sets `completed_at`. Raises
+        NotFoundError.
         """
         wanted = _parse_status(status)
-        must_be = None if expected is None else _parse_status(expected)
+        must_be = None if expected is None else _parse_statuses(expected)
         if signature is not None:
             _check_id(signature, "signature")
 
         with self._store.unit_of_work() as unit:
             tasks = self._tasks.within(unit)
             task = self._require_task(tasks, task_id)
-            if must_be not in (None, task.status):
-                key = f"tasks:{_truncated_repr(task_id)}"
-                raise ConflictError(f"{key} is {task.status}, not {must_be}: read it again")
+            if must_be is not None and task.status not in must_be:
+                key, names = f"tasks:{_truncated_repr(task_id)}", " or ".join(must_be)
+                raise ConflictError(f"{key} is {task.status}, not {names}: read it again")
             if _move(task, wanted, signature, at):
                 tasks._put(task)
             return task
@@ -5285,18 +5406,18 @@ def _merge_entry(db: OperatorDb, unit: _UnitOfWork, namespace: Namespace[Any], e
 
 
 def _merge_task(db: OperatorDb, namespace: Namespace[Any], row: _Row) -> str:
-    """Store a task unless the stored one has gone on, or has moved later."""
-    task, stored = namespace._codec.from_json(json.loads(row[1])), None
-    with suppress(DamagedError):
-        stored = namespace.get(task.task_id)
-    if stored is not None:
-        known = len(task.history)
-        has_gone_on = stored.history[:known] == task.history and len(stored.history) > known
-        diverged = task.history[: len(stored.history)] != stored.history
-        moved_later = diverged and stored.history[-1].at >= task.history[-1].at
-        if has_gone_on or moved_later:
+    """Store a task unless the stored one has gone on, or has moved later or further.
+
+    A history that goes on from the stored one is taken whatever its status: it shows the move.
+    """
+    task = namespace._codec.from_json(json.loads(row[1]))
+    stored = db._get_unless_damaged(namespace, task.task_id)
+    if stored is not None and not _begins_with(task.history, stored.history):
+        has_gone_on = _begins_with(stored.history, task.history)
+        moved_later = stored.history[-1].at >= task.history[-1].at
+        if has_gone_on or moved_later or _moves_back(task, stored):
             return "unchanged"
-    db._store_over(namespace, task)
+    db._store_over(namespace, task, stored)
     return "unchanged" if task == stored else "replaced"
 
 

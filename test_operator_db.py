@@ -959,7 +959,8 @@ class InvalidRecordsAreRefused(DatabaseTest):
         db.store_proof(proof("t"))
         wrong: dict[str, tuple[Any, ...]] = {
             **dict.fromkeys(("task_id", "session_id", "record_id"), self.NOT_AN_ID),
-            **dict.fromkeys(("status", "expected"), self.NOT_A_STATUS_OR_NONE),
+            "status": self.NOT_A_STATUS_OR_NONE,
+            "expected": (*self.NOT_A_STATUS_OR_NONE, (), ["nonsense"], ("claimed", None)),
             **dict.fromkeys(("at", "timestamp"), self.NOT_A_TIME_OR_NONE),
             **dict.fromkeys(("role", "content", "command"), self.NOT_TEXT),
             **dict.fromkeys(("limit", "last"), (-1, True, 1.5, "1")),
@@ -977,6 +978,7 @@ class InvalidRecordsAreRefused(DatabaseTest):
             (db.list_tasks_by_status, {}, "status"),
             (db.iter_tasks, {}, "status"),
             (db.update_task_status, move, "task_id status signature at expected"),
+            (db.update_task, {**task, "change": lambda record: record}, "task_id"),
             (db.complete_task, {**task, "proof": proof("t")}, "proof"),
             (db.get_session, {}, "session_id"),
             (db.list_sessions, {}, "limit"),
@@ -1639,6 +1641,42 @@ class WalksSeeEveryRecordOnce(DatabaseTest):
 
 
 class TasksKeepTheirHistory(DatabaseTest):
+    CLAIMED = StatusChange(status=TaskStatus.CLAIMED, at=1, signature="s0")
+    STARTED = StatusChange(status=TaskStatus.IN_PROGRESS, at=2)
+    DONE = StatusChange(status=TaskStatus.COMPLETED, at=3, signature="s1")
+    LATE = StatusChange(status=TaskStatus.DISPUTED, at=8, signature="s2")
+    MOVES = (CLAIMED, STARTED, DONE)
+    STORED: ClassVar[dict[str, Any]] = {
+        "payload": b"job",
+        "description": "old",
+        "reward_lamports": 5,
+        "reward_skr_tokens": 0,
+        "creator": "them",
+        "completed_at": 3,
+        "on_chain_signature": "s1",
+    }
+    CLAIM_OF_OLD: ClassVar[dict[str, Any]] = {
+        name: value for name, value in STORED.items() if name != "completed_at"
+    } | {"on_chain_signature": "s0"}
+
+    def store_completed(self) -> TaskRecord:
+        """Store a task that was claimed, started and completed."""
+        self.db.delete_task("t")
+        return self.db.store_task(self.read_at(*self.MOVES, **self.STORED))
+
+    @staticmethod
+    def read_at(*moves: StatusChange, **fields: Any) -> TaskRecord:
+        """Return the task as it was read after these moves; another status is set since."""
+        status = fields.pop("status", moves[-1].status)
+        given = TaskRecord(task_id="t", claimed_at=1, history=[*moves], **fields)
+        given.status = TaskStatus(status)
+        return given
+
+    @staticmethod
+    def made(**fields: Any) -> TaskRecord:
+        """Return the task as an operator makes it that knows nothing of the stored one."""
+        return TaskRecord(**{"task_id": "t", "claimed_at": 100, **fields})
+
     def task(self) -> Any:
         return self.db.get_task("t")
 
@@ -1677,10 +1715,193 @@ class TasksKeepTheirHistory(DatabaseTest):
         self.db.update_task_status("t", "disputed", at=8)
         for status in ("disputed", "resolved", "resolved"):
             mine.status = TaskStatus(status)
-            stored = self.db.store_task(mine)
+            mine = stored = self.db.store_task(mine)
         statuses = [each.status for each in stored.history]
         self.assertEqual(statuses, ["claimed", "disputed", "resolved"])
         self.assertEqual((self.task(), stored.history[1].at), (stored, 8))
+
+    def test_a_stale_record_that_says_nothing_new_changes_nothing(self) -> None:
+        made, read_at, old = self.made, self.read_at, self.CLAIM_OF_OLD
+        set_since = made()
+        set_since.status, set_since.on_chain_signature = TaskStatus.COMPLETED, "s1"
+        cases: tuple[tuple[str, TaskRecord], ...] = (
+            ("a claim done over", made()),
+            ("a claim done over, with its signature and fields", made(**old)),
+            ("a start done over", made(status="in_progress")),
+            ("a completion done over", made(status="completed", **self.STORED)),
+            ("status and signature set since it was made", set_since),
+            ("read before it was started", read_at(self.CLAIMED, **old)),
+            ("and then started by itself", read_at(self.CLAIMED, status="in_progress", **old)),
+            ("read before it was completed", read_at(self.CLAIMED, self.STARTED, **old)),
+            ("no history at all", replace(made(), history=[])),
+        )
+        for label, given in cases:
+            stored = self.store_completed()
+            with self.subTest(label):
+                self.assertEqual(self.db.store_task(given), stored)
+                self.assertEqual(self.task(), stored)
+
+    def test_a_record_that_is_stale_or_would_move_the_task_back_is_refused(self) -> None:
+        made, read_at, claimed, moves = self.made, self.read_at, self.CLAIMED, self.MOVES
+        news: dict[str, Any] = {
+            "payload": b"new",
+            "description": "new",
+            "reward_lamports": 6,
+            "reward_skr_tokens": 1,
+            "creator": "me",
+            "on_chain_signature": "new",
+        }
+        of_status = {"status": "completed", "completed_at": 9}
+        again, other = replace(claimed, at=9), replace(self.STARTED, at=9)
+        cases: tuple[tuple[str, TaskRecord], ...] = (
+            *((f"made anew, new {name}", made(**{name: news[name]})) for name in news),
+            *(
+                (f"read before, new {name}", read_at(claimed, **{name: news[name]}))
+                for name in news
+            ),
+            ("made anew, another completion", made(**of_status)),
+            ("read before, moved to where it never was", read_at(claimed, status="disputed")),
+            ("read now, moved back", read_at(*moves, status="claimed", **self.STORED)),
+            ("a longer history that leads back", read_at(*moves, again, **self.STORED)),
+            ("another history that leads back", read_at(claimed, other, **self.CLAIM_OF_OLD)),
+        )
+        for label, given in cases:
+            stored, before = self.store_completed(), replace(given, history=[*given.history])
+            with self.subTest(label):
+                store = partial(self.db.store_task, given)
+                self.assert_refused(ConflictError, store, "tasks:'t'", "read it", "update_task")
+                self.assertEqual((self.task(), given), (stored, before))
+
+    def test_a_record_that_is_not_stale_replaces_the_fields_and_adds_to_the_history(self) -> None:
+        made, read_at, moves, late = self.made, self.read_at, self.MOVES, self.LATE
+        claimed, done = StatusChange(status=TaskStatus.CLAIMED, at=5), replace(self.DONE, at=9)
+        resolved = StatusChange(status=TaskStatus.RESOLVED, at=100)
+        moved = mock.ANY  # the entry that storing it adds
+        cases: tuple[tuple[str, TaskRecord, tuple[StatusChange, ...]], ...] = (
+            ("equal", read_at(*moves), moves),
+            ("equal, moved on", read_at(*moves, status="disputed"), (*moves, moved)),
+            ("longer", read_at(*moves, late), (*moves, late)),
+            (
+                "longer, and moved on",
+                read_at(*moves, late, status="resolved"),
+                (*moves, late, moved),
+            ),
+            ("made anew, with a later status", made(status="resolved"), (*moves, resolved)),
+            ("another", read_at(claimed, done), (*moves, claimed, done)),
+        )
+        for label, given, wanted in cases:
+            self.store_completed()
+            given.description = "new"
+            with self.subTest(label):
+                stored = self.db.store_task(given)
+                self.assertEqual((stored.history, stored.status), ([*wanted], given.status))
+                self.assertEqual((stored.description, stored.payload), ("new", b""))
+                self.assertEqual(stored.completed_at, 3, "no None takes its place")
+                latest = "s2" if late in given.history else "s1"
+                self.assertEqual(stored.on_chain_signature, latest, "no None takes its place")
+                self.assertEqual(self.task(), stored)
+
+    def test_a_record_made_with_the_very_history_that_is_stored_replaces_the_fields(self) -> None:
+        self.db.store_task(self.made(description="old", payload=b"job"))
+        stored = self.db.store_task(self.made(description="new"))
+        self.assertEqual((stored.description, stored.payload), ("new", b""))
+        self.assertEqual((self.task(), len(stored.history)), (stored, 1))
+
+    def test_a_signature_is_recorded_with_the_move_that_it_was_given_for(self) -> None:
+        store_tasks(self.db, "t", claimed_at=1, on_chain_signature="s0")
+        task = self.task()
+        task.status = TaskStatus.IN_PROGRESS
+        task = self.db.store_task(task)
+        task.status, task.on_chain_signature = TaskStatus.COMPLETED, "s1"
+        self.db.store_task(task)
+        self.assertEqual(self.signatures(), ["s0", None, "s1"])
+
+    def test_a_completed_task_stays_so_after_a_stale_store_and_a_claim_done_over(self) -> None:
+        """Replay two accidents, each of which put a completed task back to claimed."""
+        claim = partial(TaskRecord, task_id="t", payload=b"job", on_chain_signature="s0")
+        self.db.store_task(claim(claimed_at=1))
+        stale = self.task()  # held by another part of the operator while the task is completed
+        done = self.db.complete_task("t", proof("t"), signature="s1")
+        stale.description = "noted meanwhile"
+        self.assert_refused(ConflictError, partial(self.db.store_task, stale), "tasks:'t'")
+        self.assertEqual(self.task(), done)
+
+        self.db.close()
+        db = self.open()  # the operator was restarted, and claims what it finds on chain
+        self.assertEqual(db.store_task(claim()), done)
+        self.assertEqual(db.complete_task("t", proof("t")), done)
+        noted = db.update_task("t", lambda task: replace(task, description="noted at last"))
+        self.assertEqual(noted, replace(done, description="noted at last"))
+        self.assertEqual(db.list_tasks_by_status("completed"), [noted])
+
+    def test_an_update_changes_fields_and_adds_a_changed_status_to_the_history(self) -> None:
+        def moved(task: TaskRecord) -> TaskRecord:
+            task.status, task.on_chain_signature = TaskStatus.COMPLETED, "s1"
+            return task
+
+        def forgetful(task: TaskRecord) -> TaskRecord:
+            task.history.clear()
+            task.description = task.completed_at = task.on_chain_signature = None
+            return task
+
+        store_tasks(self.db, "t", claimed_at=1, on_chain_signature="s0")
+        described = self.db.update_task("t", lambda task: replace(task, description="new"))
+        self.assertEqual((self.task(), described.description), (described, "new"))
+        self.assertEqual(self.signatures(), ["s0"])
+        with mock.patch("time.time", return_value=30.0):
+            done = self.db.update_task("t", moved)
+            back = self.db.update_task("t", lambda task: replace(task, status="in_progress"))
+        entries = [(change.status, change.at, change.signature) for change in back.history]
+        moves = [("claimed", 1, "s0"), ("completed", 30, "s1"), ("in_progress", 30, None)]
+        self.assertEqual((done.completed_at, entries), (30, moves))
+        self.assertEqual((self.task(), back.completed_at), (back, 30), "the first completion")
+        self.assertEqual(self.db.update_task("t", forgetful), replace(back, description=None))
+        self.assertEqual(self.task(), replace(back, description=None))
+
+    def test_an_update_that_fails_or_gives_another_task_changes_nothing(self) -> None:
+        def fail(task: TaskRecord) -> TaskRecord:
+            task.description = "half done"
+            raise KeyError("mine")
+
+        store_tasks(self.db, "t", claimed_at=1)
+        changes: tuple[tuple[str, str, Any, type[Exception]], ...] = (
+            ("there is no such task", "gone", lambda task: task, NotFoundError),
+            ("it raises", "t", fail, KeyError),
+            ("it returns nothing", "t", lambda _: None, InvalidRecordError),
+            ("it is no function", "t", None, TypeError),
+            ("another id", "t", lambda task: replace(task, task_id="u"), InvalidRecordError),
+            ("a write", "t", lambda task: store_tasks(self.db, "u") or task, ConflictError),
+        )
+        with self.assert_unchanged():
+            for label, task_id, change, error in changes:
+                with self.subTest(label):
+                    self.assertRaises(error, self.db.update_task, task_id, change)
+
+    def test_a_change_may_expect_one_status_or_any_of_several(self) -> None:
+        allowed: tuple[Any, ...] = (
+            *("in_progress", "InProgress", TaskStatus.IN_PROGRESS),
+            *(
+                ["claimed", "in_progress"],
+                {TaskStatus.IN_PROGRESS},
+                iter(("resolved", "InProgress")),
+            ),
+        )
+        for expected in allowed:
+            self.db.delete_task("t")
+            store_tasks(self.db, "t", status="in_progress")
+            with self.subTest(expected=expected):
+                task = self.db.update_task_status("t", "disputed", expected=expected)
+                self.assertEqual(task.status, "disputed")
+        resolve = partial(self.db.update_task_status, "t", "resolved")
+        for expected, names in (
+            ("claimed", "claimed"),
+            (("claimed", "InProgress", "completed"), "claimed or in_progress or completed"),
+        ):
+            with self.subTest(expected=expected), self.assert_unchanged():
+                resolving = partial(resolve, expected=expected)
+                self.assert_refused(
+                    ConflictError, resolving, "tasks:'t' is disputed", f"not {names}"
+                )
 
     def test_a_task_is_as_old_as_its_first_completion(self) -> None:
         store_tasks(self.db, "t", claimed_at=1)
@@ -1703,8 +1924,8 @@ class TasksKeepTheirHistory(DatabaseTest):
                 update(signature=f"{thread}", expected="claimed")
             for number in range(10):
                 update(signature=f"{thread}-{number}")
-                signature = f"{thread}+{number}"
-                store_tasks(self.db, "t", status="in_progress", on_chain_signature=signature)
+                signed = partial(replace, on_chain_signature=f"{thread}+{number}")
+                self.db.update_task("t", signed)
 
         run_in_threads(*(partial(change, thread) for thread in range(8)))
         claimed, compared_and_set, *others = self.signatures()
@@ -2283,6 +2504,7 @@ class AnOperatorsLifeSurvives(DatabaseTest):
             "store_task": lambda db: store_tasks(db, "new", payload=large),
             "store_task over another": lambda db: store_tasks(db, "open", **resolved),
             "update_task_status": lambda db: db.update_task_status("open", "disputed"),
+            "update_task": lambda db: db.update_task("open", lambda t: replace(t, **resolved)),
             "complete_task": lambda db: db.complete_task("open", proof("open", large)),
             "delete_task": lambda db: db.delete_task("open"),
             "store_session": lambda db: db.store_session(self.session("new", 6)),
@@ -3221,7 +3443,8 @@ class TheWriteAheadLogStaysShort(DatabaseTest):
         reader.line()
         for number in range(60):
             # 1 MB as base64; the same bytes again would not be written
-            store_tasks(db, str(number % 3), payload=bytes([number]) * 750_000)
+            payload = bytes([number]) * 750_000
+            store_tasks(db, str(number % 3), payload=payload, claimed_at=1)
             longest = max(longest, self.log_size())
         db.prune()
         self.assertLess(longest, self.LIMIT)
@@ -3605,7 +3828,7 @@ os.wait()
                     if calls == number:
                         raise KeyboardInterrupt
 
-            store_tasks(db, "t")
+            store_tasks(db, "t", claimed_at=1)
             other.get_task("t")
             has_arrived = False
             try:
@@ -4457,10 +4680,13 @@ class InterruptsLoseNothing(DatabaseTest):
         """`TimeoutError` from an alarm is the usual one."""
         db, done = self.open(timeout=2), [("in_progress", "a"), ("completed", "b")]
         db.append_command("s", "first")
+        read: dict[str, Any] = {}
+        described = partial(replace, description="new")
         for label, verb in (
             ("get_task", db.get_task),
             ("get_session", lambda _: db.get_session("s")),
-            ("store_task", lambda name: db.store_task(TaskRecord(task_id=name, description="new"))),
+            ("update_task", lambda name: db.update_task(name, described)),
+            ("store_task", lambda name: db.store_task(described(read[name]))),
             ("complete_task", lambda name: db.complete_task(name, proof(name, b"n"))),
             ("append_command", lambda name: db.append_command("s", name)),
         ):
@@ -4469,7 +4695,7 @@ class InterruptsLoseNothing(DatabaseTest):
                     name = f"{label} {number}"
                     store_tasks(db, name)
                     for status, signature in done:
-                        db.update_task_status(name, status, signature=signature)
+                        read[name] = db.update_task_status(name, status, signature=signature)
                     db.store_proof(proof(name, b"n"))
 
                     def strike(number: int = number) -> None:
@@ -5565,7 +5791,7 @@ class DamageIsFoundAndNamed(DatabaseTest):
         def write() -> OperatorDb:
             db = OperatorDb(self.path)
             for n in range(30):
-                store_tasks(db, f"t{n % 10}", payload=b"%d" % n * 500)
+                store_tasks(db, f"t{n % 10}", payload=b"%d" % n * 500, claimed_at=1)
             return db
 
         staying_open(write).kill()
@@ -5750,7 +5976,8 @@ class ExportsHoldEverything(TransferTest):
     def test_an_export_or_backup_is_one_snapshot_while_a_writer_goes_on(self) -> None:
         def store_pair() -> None:
             with db.transaction():  # the first and the last task that are walked
-                store_tasks(db, "+first", "~last", reward_lamports=next(values))
+                ends = {"reward_lamports": next(values), "claimed_at": 1}
+                store_tasks(db, "+first", "~last", **ends)
 
         def write(*_: int) -> None:
             run_in_threads(store_pair)
@@ -6042,7 +6269,7 @@ class ImportsNeverGoBack(ImportTest):
             return TaskRecord(task_id="t", claimed_at=0, history=changes, status=changes[-1].status)
 
         claimed, again = ("claimed", 0), ("claimed", 5)
-        started, late = ("in_progress", 10), ("in_progress", 11)
+        started, late, afresh = (("in_progress", at) for at in (10, 11, 40))
         early, done = ("completed", 5), ("completed", 20)
         disputed, lost = ("disputed", 20), ("disputed", 30)
         db, elsewhere = self.open(self.other), self.open(self.beside("elsewhere.db"))
@@ -6055,6 +6282,9 @@ class ImportsNeverGoBack(ImportTest):
             ([started], [started, done], [started, done]),
             ([started, done], [started], [started, done]),
             ([started, early], [started], [started, early]),  # whatever its clock said
+            ([started, again], [started], [started, again]),  # and was moved back
+            ([done], [lost, afresh], [done]),  # it moved last, and is not as far
+            ([done], [done, started], [done, started]),  # it went on, and was moved back
         ):
             for each, moves in ((elsewhere, given), (db, stored)):
                 each.delete_task("t")
@@ -7081,7 +7311,8 @@ class InspectionChangesNothing(CommandLineTest):
             with OperatorDb(self.path, durable=False, timeout=0) as db:  # waiting is an error
                 for n in itertools.count():
                     with db.transaction():
-                        store_tasks(db, f"a{n % 300}", f"z{n % 300}", reward_lamports=n)
+                        pair = f"a{n % 300}", f"z{n % 300}"
+                        store_tasks(db, *pair, reward_lamports=n, claimed_at=1)
                     if n == 0:
                         say("working")
 
