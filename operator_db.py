@@ -4598,6 +4598,20 @@ class OperatorDb:
         self._config.put(config)
 
     @_timed
+    def update_config(self, change: Callable[[OperatorConfig], OperatorConfig]) -> OperatorConfig:
+        """Read the configuration, call `change(config)`, and store what it returns.
+
+        It is one transaction, and returns what is stored now. Where nothing is stored, `change` is
+        given an empty configuration. For `change`, see `Namespace.update`.
+        """
+        with self._store.unit_of_work() as unit:
+            stored = self._config.within(unit)
+            config = stored.get(OperatorConfig.operator_id) or OperatorConfig()
+            config = _codec(OperatorConfig).take(unit.call(change, config))
+            stored._put(config)
+            return config
+
+    @_timed
     def get_config(self) -> OperatorConfig | None:
         """Return the operator's configuration, or None."""
         return self._config.get(OperatorConfig.operator_id)
@@ -4845,10 +4859,12 @@ class OperatorDb:
         All of it is stored, or nothing; every line is checked before the write lock is taken.
         Returns for each namespace how many records were `added`, `replaced` and `unchanged`, and,
         of the prototype's proofs, which it does not export, how many were `left_behind`. Where the
-        database is ahead of the file, it wins: a task that has moved later, a session whose log
-        goes on, a submission, a secret where the file holds `***` or nothing. Raises
-        InvalidRecordError, which names line and field, NewerSchemaError, and ConflictError where a
-        proof would overwrite other evidence or a session's log contradicts the one that is stored.
+        database is ahead of the file, it wins: a task that has moved later or further, a longer
+        log, a session's later activity and its links, a submission, a secret where the file holds
+        `***` or nothing. Only empty fields of a stored configuration are filled: `kept_network`
+        counts that the file has another one. Raises InvalidRecordError, which names line and field,
+        NewerSchemaError, and ConflictError where a proof would overwrite other evidence or a
+        session's log contradicts the one that is stored.
         """
         return _import(self, file, progress)
 
@@ -5281,9 +5297,12 @@ def _import(db: OperatorDb, file: _File, progress: Progress | None) -> dict[str,
                     if namespace.name not in counts and not namespace.has_table():
                         db._store.raise_if_in_transaction("import_() cannot create a table")
                         namespace.create_table()
-                    is_added = row is not None and namespace._insert_row(row)
-                    outcome = "added" if is_added else _merge_entry(db, unit, namespace, entry)
-                    counts[namespace.name][outcome] += 1
+                    counted = counts[namespace.name]
+                    if row is not None and namespace._insert_row(row):
+                        outcome = "added"
+                    else:
+                        outcome = _merge_entry(db, unit, namespace, entry, counted)
+                    counted[outcome] += 1
                 if progress is not None:
                     unit.call(progress, done, total)
     return dict(counts)
@@ -5381,8 +5400,17 @@ def _fill_redacted(
     return given | defaults | {name: stored[name] for name in redacted if name in stored}
 
 
-def _merge_entry(db: OperatorDb, unit: _UnitOfWork, namespace: Namespace[Any], entry: _Json) -> str:
-    """Store a checked line beside what is stored; return `added`, `replaced` or `unchanged`."""
+def _merge_entry(
+    db: OperatorDb,
+    unit: _UnitOfWork,
+    namespace: Namespace[Any],
+    entry: _Json,
+    counts: Counter[str],
+) -> str:
+    """Store a checked line beside what is stored; return `added`, `replaced` or `unchanged`.
+
+    What else there is to report goes into the counts of the namespace.
+    """
     if namespace.name == "sessions":
         session = _codec(SessionState).from_json_strictly(entry["record"])
         return _merge_session(db, unit, session)
@@ -5402,6 +5430,8 @@ def _merge_entry(db: OperatorDb, unit: _UnitOfWork, namespace: Namespace[Any], e
         return _merge_task(db, namespace, row)
     if namespace.name == "proofs":
         return _merge_proof(db, unit, namespace, row)
+    if namespace.name == "config":
+        return _merge_config(namespace, row, counts)
     return namespace._upsert_row(row)
 
 
@@ -5422,20 +5452,40 @@ def _merge_task(db: OperatorDb, namespace: Namespace[Any], row: _Row) -> str:
 
 
 def _merge_session(db: OperatorDb, unit: _UnitOfWork, session: SessionState) -> str:
-    """Store a session unless the stored one is the same, or its log has gone on."""
+    """Store a session; of one that is stored keep the longer log, the later activity, every link.
+
+    Each part of the log goes on where one begins with the other; ConflictError where none does.
+    """
     stored = db._get_session(unit, session.session_id)
     if stored is not None:
-        said, commands = len(session.transcript), len(session.command_history)
-        begins_alike = (
-            stored.transcript[:said] == session.transcript
-            and stored.command_history[:commands] == session.command_history
-        )
-        lengths = len(stored.transcript), len(stored.command_history)
-        has_gone_on = begins_alike and lengths != (said, commands)
-        if stored == session or has_gone_on:
+        links = dict.fromkeys(stored.active_task_ids + session.active_task_ids)
+        session.active_task_ids = [*links]
+        session.created_at = min(stored.created_at, session.created_at)
+        session.last_active = max(stored.last_active, session.last_active)
+        if stored.transcript[: len(session.transcript)] == session.transcript:
+            session.transcript = stored.transcript
+        if stored.command_history[: len(session.command_history)] == session.command_history:
+            session.command_history = stored.command_history
+        if session == stored:
             return "unchanged"
     db._store_session(unit, session)
     return "replaced" if stored else "added"
+
+
+def _merge_config(namespace: Namespace[Any], row: _Row, counts: Counter[str]) -> str:
+    """Fill the empty fields of the stored configuration, and count as `kept_...` what differs."""
+    given, stored = namespace._codec.from_json(json.loads(row[1])), None
+    with suppress(DamagedError):
+        stored = namespace.get(OperatorConfig.operator_id)
+    if stored is None:
+        return namespace._upsert_row(row)
+    for name in namespace._codec.field_types:
+        value, kept = getattr(given, name), getattr(stored, name)
+        if kept:
+            setattr(given, name, kept)
+            if value and value != kept:
+                counts[f"kept_{name}"] += 1
+    return namespace._upsert_row(namespace._encode_row(given))
 
 
 def _merge_proof(db: OperatorDb, unit: _UnitOfWork, namespace: Namespace[Any], row: _Row) -> str:
@@ -6030,8 +6080,16 @@ def _import_(db: OperatorDb, options: Any) -> Callable[[], int]:
         counts = db.import_(file, progress=progress)
     lines = []
     for name, counted in counts.items():
-        outcomes = (f"{count:,} {what.replace('_', ' ')}" for what, count in counted.items())
+        outcomes = (
+            f"{count:,} {what.replace('_', ' ')}"
+            for what, count in counted.items()
+            if not what.startswith("kept_")
+        )
         lines.append(f"{name}: {', '.join(outcomes)}")
+    kept = [what for what in counts.get("config", {}) if what.startswith("kept_")]
+    if kept:
+        names = ", ".join(what.removeprefix("kept_") for what in kept)
+        lines.append(f"config: kept as it was, though the input has another: {names}")
     if "left_behind" in counts.get("proofs", {}):
         lines.append(
             "the prototype does not export proofs: keep its file for as long as one may be needed"

@@ -2519,6 +2519,7 @@ class AnOperatorsLifeSurvives(DatabaseTest):
             "mark_proof_submitted": lambda db: db.mark_proof_submitted("waiting", "sig"),
             "delete_proof": lambda db: db.delete_proof("sent"),
             "store_config": lambda db: db.store_config(OperatorConfig(network="mainnet")),
+            "update_config": lambda db: db.update_config(lambda c: replace(c, network="mainnet")),
             "put": lambda db: devices_of(db).put(PairedDevice(device_id="new")),
             "update": lambda db: devices_of(db).update("one", lambda d: replace(d, status="lost")),
             "delete": lambda db: devices_of(db).delete("one"),
@@ -3106,6 +3107,9 @@ class FunctionsThatAVerbCallsMayOnlyRead(DatabaseTest):
     FUNCTIONS: ClassVar[dict[str, Callable[..., object]]] = {
         # which a verb calls: each calls `act` once, in the middle of that verb
         "change": lambda _, tallies, act: tallies.update("one", lambda tally: act() or tally),
+        "change of the configuration": lambda db, _, act: db.update_config(
+            lambda config: act() or config
+        ),
         "keep": lambda db, _, act: devices_of(db).prune(1, keep=lambda _: not act()),
         "keep of a dry run": lambda db, _, act: devices_of(db).prune(
             1, keep=lambda _: not act(), dry_run=True
@@ -3188,7 +3192,7 @@ class FunctionsThatAVerbCallsMayOnlyRead(DatabaseTest):
         self.assertEqual(refused, len(writes) * 2 * len(self.FUNCTIONS))
         db.close()
         found = tallies_of(self.other).get("one"), task_ids(self.other), self.other.get_session("s")
-        self.assertEqual(found, (Tally(name="one", count=11), [], None))
+        self.assertEqual(found, (Tally(name="one", count=1 + 2 * len(self.FUNCTIONS)), [], None))
         self.assert_sound()
 
     def test_a_function_that_a_verb_calls_may_use_every_verb_that_reads(self) -> None:
@@ -3226,6 +3230,31 @@ class ThreadsAndProcessesTakeTurns(DatabaseTest):
         yield
         os.kill(child.pid, signal.SIGUSR1)
         child.result()
+
+    def test_updates_of_the_configuration_by_many_threads_are_all_kept(self) -> None:
+        def add(name: str, config: OperatorConfig) -> OperatorConfig:
+            config.capabilities.append(name)
+            return config
+
+        names = [*map(str, range(8))]
+        run_in_threads(*(partial(self.db.update_config, partial(add, name)) for name in names))
+        config = self.db.get_config()
+        self.assertEqual(sorted(config.capabilities), names)
+        # the first was given an empty one
+        self.assertEqual(config, OperatorConfig(capabilities=config.capabilities))
+
+    def test_an_update_of_the_configuration_that_fails_changes_nothing(self) -> None:
+        def fail(config: OperatorConfig) -> OperatorConfig:
+            config.network = "half done"
+            raise KeyError("mine")
+
+        for stored in (None, OperatorConfig(network="devnet", keypairs={"main": SECRET})):
+            if stored is not None:
+                self.db.update_config(lambda _, stored=stored: stored)
+            for change, error in ((fail, KeyError), (lambda _: None, InvalidRecordError)):
+                with self.subTest(stored=stored, error=error):
+                    self.assertRaises(error, self.db.update_config, change)
+                    self.assertEqual(self.db.get_config(), stored)
 
     def test_a_write_that_waits_in_vain_is_a_busy_error_and_can_be_done_again(self) -> None:
         db, other = self.open(timeout=0.1), self.open()
@@ -6207,9 +6236,12 @@ class ImportsTakeAllOrNothing(ImportTest):
         tallies_of(db).update("one", lambda tally: replace(tally, count=9))
         counts = db.import_(StringIO(read_bytes(self.file).decode()))
         self.assertEqual(counts["tasks"], {"added": 1, "unchanged": records["tasks"] - 1})
-        self.assertEqual((counts["config"], counts["tallies"]), ({"replaced": 1}, {"replaced": 1}))
+        kept = {"unchanged": 1, "kept_capabilities": 1}
+        self.assertEqual((counts["config"], counts["tallies"]), (kept, {"replaced": 1}))
+        self.assertEqual(db.get_config().capabilities, ["other"])
         db.delete_task("t1")  # whose status was kept
-        db.import_(self.file)
+        db.update_config(lambda config: replace(config, capabilities=[]))
+        self.assertEqual(db.import_(self.file)["config"], {"replaced": 1})
         self.assertEqual(exported(db), self.lines)
 
     def test_the_input_is_read_before_the_write_lock_is_taken(self) -> None:
@@ -6298,6 +6330,108 @@ class ImportsNeverGoBack(ImportTest):
                 with self.assert_unchanged(self.other):
                     db.import_(self.file)
 
+    def test_a_session_keeps_its_later_activity_its_first_time_and_every_link(self) -> None:
+        def session(said: int, commands: int, *fields: Any) -> SessionState:
+            """Return a session of so many entries; the fields are its links and times."""
+            entry = TranscriptEntry(role="user", content="hello", timestamp=5)
+            log: dict[str, Any] = {
+                "transcript": [entry] * said,
+                "command_history": ["x"] * commands,
+            }
+            names = ("active_task_ids", "created_at", "last_active")
+            return SessionState(session_id="s", **log, **dict(zip(names, fields, strict=True)))
+
+        first, second = "stored in the one", "given by the other"
+        cases: tuple[tuple[str, SessionState, SessionState, SessionState], ...] = (
+            (
+                "the same log",
+                session(1, 1, ["a", "b"], 3, 9),
+                session(1, 1, ["c", "b", "d"], 2, 8),
+                session(1, 1, ["a", "b", "c", "d"], 2, 9),
+            ),
+            (
+                "the other goes on",
+                session(1, 1, ["a"], 2, 9),
+                session(3, 2, [], 3, 8),
+                session(3, 2, ["a"], 2, 9),
+            ),
+            (
+                "the one has gone on",
+                session(3, 2, [], 3, 8),
+                session(1, 1, ["a"], 2, 9),
+                session(3, 2, ["a"], 2, 9),
+            ),
+            (
+                "each goes on in a part of the log",
+                session(3, 1, ["a"], 2, 8),
+                session(1, 2, ["b"], 2, 9),
+                session(3, 2, ["a", "b"], 2, 9),
+            ),
+            (
+                "nothing to add",
+                session(3, 2, ["a", "b"], 2, 9),
+                session(1, 2, ["b"], 3, 8),
+                session(3, 2, ["a", "b"], 2, 9),
+            ),
+        )
+        one, another = self.open(self.beside(first)), self.open(self.beside(second))
+        for label, stored, given, wanted in cases:
+            with self.subTest(label), BytesIO() as moved:
+                for db, each in ((one, stored), (another, given)):
+                    db.delete_session("s")
+                    db.store_session(each)
+                another.export(moved)
+                for outcome in ("unchanged" if wanted == stored else "replaced", "unchanged"):
+                    moved.seek(0)
+                    self.assertEqual(one.import_(moved), {"sessions": {outcome: 1}})
+                    self.assertEqual(one.get_session("s"), wanted)
+                self.assertEqual(one.check(), [])
+
+    def test_a_configuration_keeps_its_fields_and_only_empty_ones_are_filled(self) -> None:
+        full: dict[str, Any] = {
+            "keypairs": {"main": SECRET},
+            "rpc_endpoints": ["https://rpc"],
+            "model_preferences": {"a": 1},
+            "capabilities": ["voice"],
+            "wallet_pubkey": DEVNET_WORKER,
+            "network": "devnet",
+        }
+        others: dict[str, Any] = {
+            "keypairs": {"main": "another", "more": SECRET},
+            "rpc_endpoints": ["https://another"],
+            "model_preferences": {"b": 2},
+            "capabilities": ["text"],
+            "wallet_pubkey": DEVNET_CREATOR,
+            "network": "mainnet",
+        }
+        self.assertEqual(set(full), {each.name for each in dataclasses.fields(OperatorConfig)})
+        empty = {"keypairs": {}, "rpc_endpoints": [], "model_preferences": {}, "capabilities": []}
+        entries = [{"namespace": "config", "record": {**empty, **full}}]
+        for name, other in others.items():
+            stored = {name: other}
+            without: Any = {"wallet_pubkey": None, "network": ""}.get(name, type(other)())
+            for label, given, is_reported in (
+                ("another", full, True),
+                ("the same", {**full, name: other}, False),
+                ("empty", {**full, name: without}, False),
+            ):
+                entries[0]["record"] = given
+                with self.subTest(name, given=label), OperatorDb(":memory:", durable=False) as db:
+                    db.store_config(OperatorConfig(**stored))
+                    reported = {f"kept_{name}": 1} if is_reported else {}
+                    counts = db.import_(export_of(*entries))
+                    self.assertEqual(counts["config"], {"replaced": 1, **reported})
+                    self.assertEqual(db.get_config(), OperatorConfig(**{**full, **stored}))
+                    counts = db.import_(export_of(*entries))
+                    self.assertEqual(counts["config"], {"unchanged": 1, **reported})
+
+    def test_a_configuration_that_cannot_be_read_is_replaced_by_a_whole_one(self) -> None:
+        with OperatorDb(self.path) as db:
+            before = db.get_config()
+            self.damage("config:operator")
+            self.assertEqual(db.import_(self.file)["config"], {"replaced": 1})
+            self.assertEqual(db.get_config(), before)
+
     def test_a_secret_that_is_withheld_stays_as_it_is_stored(self) -> None:
         with OperatorDb(self.path) as db:
             store_secrets(db)
@@ -6307,7 +6441,6 @@ class ImportsNeverGoBack(ImportTest):
                 counts = db.import_(self.file)
             self.assertEqual({name for each in counts.values() for name in each}, {"unchanged"})
             tallies_of(db).update("two", lambda tally: replace(tally, count=5))
-            db.store_config(replace(db.get_config(), network="devnet"))
         with OperatorDb(self.path) as db:  # to which no class of a namespace is known
             self.assertEqual(db.import_(self.file)["tallies"], {"unchanged": 1, "replaced": 1})
             self.assertEqual(exported(db), before)
@@ -7116,6 +7249,18 @@ class CommandsDoWhatTheApiDoes(CommandLineTest):
         self.assertIn(b"\noperator_db_tasks{", read_bytes(self.file))
         for command in ("prune", "compact", f"restore {self.other}", f"backup {self.file}2"):
             self.assertRegex(self.printed(*command.split()), r"\d")
+
+    def test_an_import_names_the_fields_of_the_configuration_that_it_has_kept(self) -> None:
+        os.environ["AGENC_DB_PATH"] = self.other
+        write_bytes(self.file, PROTOTYPE_EXPORT.encode())
+        with OperatorDb(self.other) as db:
+            db.store_config(OperatorConfig(network="another", capabilities=["another"]))
+        first, again = self.printed("import", self.file), self.facts("import", self.file)
+        self.assertRegex(first, r"(?m)^config: 1 replaced$")
+        self.assertRegex(first, r"(?m)^config: kept .*: capabilities, network$")
+        self.assertEqual(
+            again["config"], {"unchanged": 1, "kept_capabilities": 1, "kept_network": 1}
+        )
 
     def test_an_import_from_the_prototype_reports_the_proofs_that_it_lacks(self) -> None:
         write_bytes(self.file, PROTOTYPE_EXPORT.encode())
