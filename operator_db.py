@@ -208,13 +208,12 @@ _ID = _Constraint(
 Id = Annotated[str, _ID]
 """A key: any characters for which `str.isprintable` is true, `:` and `%` among them."""
 
-UnixTime = Annotated[
-    int,
-    _Constraint(
-        "Unix seconds, an int within 64 bits", lambda v: type(v) is int and -(2**63) <= v < 2**63
-    ),
-]
-"""Whole seconds since 1970-01-01 UTC, as Solana's `i64` unix_timestamp."""
+_TIME = _Constraint(
+    "Unix seconds, an int of the years 1 to 9999",
+    lambda v: type(v) is int and -62_135_596_800 <= v <= 253_402_300_799,
+)
+UnixTime = Annotated[int, _TIME]
+"""Whole seconds since 1970-01-01 UTC, of the years 1 to 9999, so that milliseconds are refused."""
 
 Lamports = Annotated[
     int, _Constraint("an int from 0 to 2^64-1", lambda v: type(v) is int and 0 <= v < 2**64)
@@ -234,6 +233,12 @@ _ResultData = Annotated[
     _Constraint("64 bytes, not all zero", lambda v: type(v) is bytes and len(v) == 64 and any(v)),
 ]
 _ABSENT = cast(Any, None)  # the default of a field that is filled in when the record is made
+
+
+def _hint_at_milliseconds(value: object) -> str:
+    """Return what an error says of a value that is no time, but would be one in milliseconds."""
+    is_hinted = type(value) is int and not _TIME.is_valid(value) and _TIME.is_valid(value // 1000)
+    return ", which looks like milliseconds" if is_hinted else ""
 
 
 def _now() -> int:
@@ -853,9 +858,10 @@ class _Codec(Generic[R]):
                 valid = False
             if not valid:
                 shown = _REDACTED if name in self.secrets else _truncated_repr(value)
+                hint = _hint_at_milliseconds(value) if field_type.is_valid is _TIME.is_valid else ""
                 raise InvalidRecordError(
                     f"{self.name}.{name} must be {field_type.description};"
-                    f" got {type(value).__name__} {shown}"
+                    f" got {type(value).__name__} {shown}{hint}"
                 )
         self._checks_by_types[tuple(map(type, values))] = [
             (place, field_type.is_valid)
@@ -3177,7 +3183,17 @@ def _check_days(days: object) -> None:
         raise InvalidRecordError(f"days must be a number of 0 or more; got {_truncated_repr(days)}")
 
 
-def _is_timestamp(at: object) -> bool:
+def _check_time(name: str, at: object) -> None:
+    """Raise InvalidRecordError for what is neither a time in Unix seconds nor None."""
+    if at is not None and not _TIME.is_valid(at):
+        hint = _hint_at_milliseconds(at)
+        raise InvalidRecordError(
+            f"{name} must be {_TIME.description}, or None; got {_truncated_repr(at)}{hint}"
+        )
+
+
+def _is_stored_time(at: object) -> bool:
+    """Whether the age column may hold a value: earlier versions stored any int of 64 bits."""
     return at is None or (type(at) is int and -(2**63) <= at < 2**63)
 
 
@@ -3584,10 +3600,7 @@ class Namespace(Generic[R]):
                 ) from None
             raise  # by a signal handler
         _check_id(key)
-        if not _is_timestamp(at):
-            raise InvalidRecordError(
-                f"{self.name}: at= must give Unix seconds or None; got {_truncated_repr(at)}"
-            )
+        _check_time(f"{self.name}: at=", at)
         return self._key_prefix + key, value, status, at, crc32(value.encode())
 
     def _columns_of(self, record: R) -> tuple[str, str | None, int | None]:
@@ -3659,7 +3672,7 @@ class Namespace(Generic[R]):
         """Return the row of a JSON object, with columns as another process derived them."""
         if (
             not (_is_text(status) or status is None)
-            or not _is_timestamp(at)
+            or not _is_stored_time(at)
             or not _is_json(document)
         ):
             raise ValueError(
@@ -3708,7 +3721,7 @@ class _JsonNamespace(Namespace[Any]):
 
     def _decode_row(self, row: _Row, *, is_second_attempt: bool = False) -> Any:
         try:
-            if crc32(row[1]) != row[4] or not _is_timestamp(row[3]):
+            if crc32(row[1]) != row[4] or not _is_stored_time(row[3]):
                 raise ValueError
             for text in (row[0], row[2] or b""):
                 text.decode()  # raises if it is damaged
@@ -4249,6 +4262,7 @@ class OperatorDb:
         must_be = None if expected is None else _parse_statuses(expected)
         if signature is not None:
             _check_id(signature, "signature")
+        _check_time("at", at)
 
         with self._store.unit_of_work() as unit:
             tasks = self._tasks.within(unit)
@@ -4374,6 +4388,7 @@ class OperatorDb:
         self, session_id: str, command: str, *, timestamp: int | None = None
     ) -> None:
         """Add a command to a session's history; the session is created if there is none."""
+        _check_time("timestamp", timestamp)
         at = _now() if timestamp is None else timestamp
         SessionState(session_id=session_id, command_history=[command], last_active=at)  # checks
 

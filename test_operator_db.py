@@ -92,6 +92,7 @@ from operator_db import (
 
 HERE = Path(__file__).resolve().parent
 DAY = 86_400
+FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 and 9999
 
 # A real task on Solana devnet, 2026-03-27, recorded by the AgenC protocol's own readiness run: bid,
 # claim, dispute, resolution. Program GN69CoBM1XUt8MJtA6Kwd7WRwLzTNtVqLwf5o3fwWDV3.
@@ -809,7 +810,7 @@ class InvalidRecordsAreRefused(DatabaseTest):
     NOT_BYTES = ("text", None, bytearray(b"x"), [1])
     NOT_A_STATUS_OR_NONE = ("nonsense", "", 3, False, b"claimed")
     NOT_A_STATUS = (*NOT_A_STATUS_OR_NONE, None)
-    NOT_A_TIME_OR_NONE = (True, False, 1.5, "1", 2**63, -(2**63) - 1)
+    NOT_A_TIME_OR_NONE = (True, False, 1.5, "1", LAST_SECOND + 1, FIRST_SECOND - 1, 2**63)
     NOT_A_TIME = (*NOT_A_TIME_OR_NONE, None)
     NOT_AN_AMOUNT = (-1, 2**64, True, False, 1.0, "1")
     NOT_DAYS = (-1, True, "1", float("nan"), float("inf"))
@@ -882,6 +883,38 @@ class InvalidRecordsAreRefused(DatabaseTest):
                         error = self.assert_refused(InvalidRecordError, call, type(value).__name__)
                         self.assertRegex(str(error), rf"\b{record_type.__name__}\b.*\b{name}\b")
         self.assertEqual(exported(self.db), [])
+
+    def test_a_time_in_milliseconds_is_refused_by_that_name(self) -> None:
+        db, devices, now = self.db, devices_of(self.db), 1_774_627_200_000
+        store_tasks(db, "t")
+        move = partial(db.update_task_status, "t")
+        calls: tuple[tuple[str, Callable[[], object]], ...] = (
+            ("TaskRecord.claimed_at", lambda: TaskRecord(task_id="t", claimed_at=now)),
+            ("TaskRecord.completed_at", lambda: TaskRecord(task_id="t", completed_at=now)),
+            ("StatusChange.at", lambda: StatusChange(status="claimed", at=now)),
+            (
+                "TranscriptEntry.timestamp",
+                lambda: TranscriptEntry(role="", content="", timestamp=now),
+            ),
+            ("SessionState.created_at", lambda: SessionState(session_id="s", created_at=now)),
+            ("SessionState.last_active", lambda: SessionState(session_id="s", last_active=now)),
+            ("VerificationLog.timestamp", lambda: proof("t", timestamp=now)),
+            ("at must", lambda: move("disputed", at=now)),
+            ("at must", lambda: move("claimed", at=now)),  # where it is
+            ("timestamp must", lambda: db.append_transcript("s", "user", "hello", timestamp=now)),
+            ("timestamp must", lambda: db.append_command("s", "status", timestamp=now)),
+            ("devices: at=", lambda: devices.put(PairedDevice(device_id="d", last_seen=now))),
+        )
+        with self.assert_unchanged():
+            for name, call in calls:
+                with self.subTest(name):
+                    words = (name, "Unix seconds", str(now), "looks like milliseconds")
+                    self.assert_refused(InvalidRecordError, call, *words)
+        for other in (10**15, LAST_SECOND * 1000 + 1000, "now"):  # which look like something else
+            make = partial(TaskRecord, task_id="t", claimed_at=other)
+            self.assertNotIn(
+                "milli", str(self.assert_refused(InvalidRecordError, make, "claimed_at"))
+            )
 
     def test_a_long_value_is_cut_in_the_message(self) -> None:
         long = ("x" * 10**6, b"x" * 10**6, dict.fromkeys(range(10**5)), nested(5000), 10**5000)
@@ -983,7 +1016,7 @@ class InvalidRecordsAreRefused(DatabaseTest):
             (db.get_session, {}, "session_id"),
             (db.list_sessions, {}, "limit"),
             (db.append_transcript, say, "session_id role content timestamp"),
-            (db.append_command, {**session, "command": "status"}, "session_id command"),
+            (db.append_command, {**session, "command": "status"}, "session_id command timestamp"),
             (db.transcript, session, "session_id last"),
             (db.link_task, {**session, **task}, "session_id task_id"),
             (db.unlink_task, {**session, **task}, "session_id"),
@@ -1027,8 +1060,8 @@ class RecordsReadBackAsTheyWereStored(DatabaseTest):
             task_id="tasks:%00'\"; DROP TABLE tasks; --",
             payload=bytes(range(256)),
             status=TaskStatus.RESOLVED,
-            claimed_at=-(2**63),
-            completed_at=2**63 - 1,
+            claimed_at=FIRST_SECOND,
+            completed_at=LAST_SECOND,
             reward_lamports=2**64 - 1,
             reward_skr_tokens=0,
             history=[StatusChange(status=status, at=-3, signature=text) for status in TaskStatus],
@@ -1063,7 +1096,7 @@ class RecordsReadBackAsTheyWereStored(DatabaseTest):
         )
         device = PairedDevice(
             device_id="d:%",
-            last_seen=-(2**63),
+            last_seen=FIRST_SECOND,
             status="",
             token=text,
             colour=Colour.BLUE,
@@ -1383,6 +1416,30 @@ class CustomNamespaces(DatabaseTest):
         new_things.put(new_type("b", 5))
         self.assertEqual(self.declare(old_type).get("b"), old_type("b"))
 
+    def test_an_age_in_milliseconds_that_an_earlier_version_stored_is_still_read(self) -> None:
+        now, db = 1_774_627_200_000, self.db
+        old = PairedDevice(device_id="old", last_seen=now)
+        devices_of(db).put(replace(old, last_seen=5))
+        out = BytesIO()
+        db.export(out, include_secrets=True)
+        # where the class is not known, an import stores the line as it was written
+        with self.open(self.other) as other:
+            line = out.getvalue().replace(b'"at":5', b'"at":%d' % now)
+            other.import_(BytesIO(line.replace(b'"last_seen":5', b'"last_seen":%d' % now)))
+        other = self.open(self.other)
+        devices = devices_of(other)
+        self.assertEqual((devices.get("old"), devices.list()), (old, [old]))
+        self.assertEqual((other.check(), devices.prune(0, dry_run=True)), ([], 0))
+        change = partial(devices.update, "old")
+        for is_mended in (False, True):
+            seen = now // 1000 if is_mended else now
+            mend = partial(change, lambda device, seen=seen: replace(device, last_seen=seen))
+            if is_mended:
+                self.assertEqual(mend(), devices.get("old"))
+            else:
+                self.assert_refused(InvalidRecordError, mend, "milliseconds")
+        self.assertEqual((devices.prune(0), other.check()), (1, []))
+
     def test_a_frozen_record_with_slots_and_flags_is_read_through_its_constructor(self) -> None:
         made: list[Rights] = []
 
@@ -1468,7 +1525,8 @@ class CustomNamespaces(DatabaseTest):
         cases = (
             ("device_id", "", "id"),
             ("device_id", "a\n", "id"),
-            ("last_seen", 2**63, str(2**63)),
+            ("last_seen", LAST_SECOND + 1, str(LAST_SECOND + 1)),
+            ("last_seen", FIRST_SECOND - 1, "devices: at="),
             ("part", Part(3), "name"),
             ("part", Part("x", "text"), "raw"),
             ("parts", [Part("x"), Part("\ud800")], "name"),
@@ -6114,6 +6172,7 @@ class ImportsTakeAllOrNothing(ImportTest):
         ("tasks", "record.reward_lamports", "1", "reward_lamports"),
         ("tasks", "record.reward_skr_tokens", 2**64, "reward_skr_tokens"),
         ("tasks", "record.claimed_at", True, "claimed_at"),
+        ("tasks", "record.claimed_at", 1_774_627_200_000, "looks like milliseconds"),
         ("tasks", "record.payload", "not base64!", "payload"),
         ("tasks", "record.status", "completed", "history"),  # with which it must end
         ("tasks", "record.task_id", "a\nb", "task_id"),
@@ -7102,7 +7161,7 @@ class CommandLineTest(DatabaseTest):
         with OperatorDb(self.path, durable=False) as db, db.transaction():
             store_tasks(db, OLD, claimed_at=now - 3 * DAY, description=STEERING)
             store_tasks(db, WIDE, description="漢字 é " * 30, reward_lamports=1_500_000_000)
-            store_tasks(db, "odd", claimed_at=2**63 - 1, reward_skr_tokens=7)
+            store_tasks(db, "odd", claimed_at=LAST_SECOND, reward_skr_tokens=7)
             store_tasks(db, "ที่นี่", description="combined")
             db.append_transcript("voice", "user", STEERING + "漢字" * 50)
             db.store_config(OperatorConfig(keypairs={"main": SECRET}, rpc_endpoints=[SECRET]))
