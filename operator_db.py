@@ -351,8 +351,11 @@ class VerificationLog(_CheckedRecord):
     rejects either when it is all zero, and so does this record. Left out, they are what the
     reference worker submits: SHA-256 of `outputs`, and the ASCII of its hex digits. `evidence_hash`
     is always computed: SHA-256 over the canonical JSON of the evidence fields, the same before and
-    after submission and whatever the timestamp. The record cannot be changed;
-    `dataclasses.replace` makes another.
+    after submission and whatever the timestamp.
+
+    The record cannot be changed; `dataclasses.replace` makes another. It keeps the hash and the
+    result data, which may be those of a zero-knowledge proof. To have both computed anew for other
+    outputs: `replace(log, outputs=new, proof_hash=None, result_data=None)`.
     """
 
     task_id: Id

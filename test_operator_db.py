@@ -2176,6 +2176,15 @@ class ProofsAreWrittenOnce(DatabaseTest):
         self.assert_refused(NotFoundError, lambda: mark("gone", "sig"), "proofs:gone")
         self.assertEqual(self.db.list_proofs(), [sent])
 
+    def test_a_proof_with_other_outputs_keeps_its_hash_or_has_it_computed_anew(self) -> None:
+        log, new = proof("t"), proof("t", b"new")
+        self.assertNotEqual((log.proof_hash, log.result_data), (new.proof_hash, new.result_data))
+        kept = replace(log, outputs=b"new")
+        self.assertEqual((kept.proof_hash, kept.result_data), (log.proof_hash, log.result_data))
+        self.assertEqual(len(kept.verify()), 2)
+        anew = replace(log, outputs=b"new", proof_hash=None, result_data=None)
+        self.assertEqual((anew, anew.verify()), (new, []))
+
     def test_other_evidence_for_the_same_task_is_refused(self) -> None:
         self.db.store_proof(proof("t"))
         for name, value in OTHER_EVIDENCE.items():
