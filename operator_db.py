@@ -5692,7 +5692,8 @@ def _kill_a_writer(path: str) -> None:
 def self_check(db_path: _Path | None = None, *, as_json: bool = False) -> bool:
     """Keep the promises on a scratch database, then look for problems in the operator's own.
 
-    Prints both, and returns whether all is well.
+    Prints both, and returns whether all is well. That there is no database is a problem only where
+    one was asked for, by its path or in AGENC_DB_PATH.
     """
     import tempfile
 
@@ -5710,6 +5711,7 @@ def self_check(db_path: _Path | None = None, *, as_json: bool = False) -> bool:
                 print(f"FAIL  {_terminal_safe(broken)}", flush=True)
     path, problems = _database_path(db_path), list[str]()
     found = "no database yet; the first OperatorDb() creates it"
+    is_path_given = db_path is not None or os.environ.get("AGENC_DB_PATH")
     try:
         if _is_memory(db_path):
             found = "a private database, which nobody else can look at"
@@ -5719,6 +5721,9 @@ def self_check(db_path: _Path | None = None, *, as_json: bool = False) -> bool:
                 problems = db.check()
                 found = f"problems found: {len(problems)}"
                 found = f"{sum(db.stats().records.values()):,} records, {found}"
+        elif is_path_given:
+            found = "there is no database"
+            problems.append("look for it elsewhere, or let the operator, import or restore make it")
     except OperatorDbError as error:
         problems.append(str(error))
     versions = f"operator_db {__version__}, SQLite {sqlite3.sqlite_version}"

@@ -7783,10 +7783,25 @@ class TheSelfCheckShowsThePromises(CommandLineTest):
                 kept = len(re.findall(r"(?m)^ok    ", text))
                 self.assertRegex(text, rf"(?m)^{kept} .*promises")
 
-    def test_it_creates_no_database(self) -> None:
+    def test_it_creates_no_database_and_fails_where_one_was_asked_for_by_its_path(self) -> None:
         os.unlink(self.path)
-        self.assertIn(self.path, self.printed())
-        self.assertEqual(self.names(), set())
+        del os.environ["AGENC_DB_PATH"]
+        default = self.beside(".agenc/operator.db")
+        for path, options, environment, status in (
+            (default, (), {}, 0),
+            (default, (), {"AGENC_DB_PATH": ""}, 0),
+            (self.path, (), {"AGENC_DB_PATH": self.path}, 1),
+            (self.path, ("--db-path", self.path), {}, 1),
+            (self.path, ("--db-path", self.path), {"AGENC_DB_PATH": self.other}, 1),
+            (default, ("--db-path", default), {}, 1),
+        ):
+            with self.subTest(options, **environment), mock.patch.dict(os.environ, environment):
+                promises, _, message = self.printed(*options, status=status).rpartition(f"{path}: ")
+                self.assertGreaterEqual(len(re.findall(r"(?m)^ok    ", promises)), 10)
+                self.assertRegex(message, "^there is no database" if status else "^no database yet")
+                facts = self.facts(*options, status=status)
+                self.assertEqual((facts["path"], len(facts["problems"])), (path, status))
+                self.assertEqual(self.names(), set())
 
 
 class TheReadmeIsTrue(CommandLineTest):
