@@ -2145,7 +2145,9 @@ class _UnitOfWork:
 class _Store:
     """The connections of one database file, shared by threads, contexts and processes."""
 
-    def __init__(self, path: str, *, read_only: bool, durable: bool, timeout: float) -> None:
+    def __init__(
+        self, path: str, *, create: bool, read_only: bool, durable: bool, timeout: float
+    ) -> None:
         self.path, self.read_only, self.durable, self.timeout = path, read_only, durable, timeout
         self.latencies: dict[str, Latency] = {}  # of what this process has done, by operation
         # the ticket of the user's transaction that the present context is in
@@ -2162,7 +2164,7 @@ class _Store:
         try:
             with ticket.in_force:
                 self._wait_for_turn(ticket)
-                self._open()
+                self._open(create=create and not read_only)
         except BaseException:
             self._closed_reason = "could not be opened"  # its file is a plain one again
             self._close_connections()
@@ -2186,7 +2188,7 @@ class _Store:
 
     # ---- opening
 
-    def _open(self) -> None:
+    def _open(self, *, create: bool) -> None:
         _raise_if_inherited(self.path)
         for other in _all_stores():
             if other.path == self.path and other._is_split():
@@ -2197,11 +2199,12 @@ class _Store:
                 " again, or open it for writing once"
             )
         version = _inspect_file(self.path, self.timeout)
+        if not version and not create:
+            what = "there is no database" if version is None else "the file is empty"
+            mode = "a read-only open" if self.read_only else "create=False"
+            raise StorageError(f"{self.path}: {what}, and {mode} creates none")
         if self.read_only:
-            if not version:
-                what = "there is no database" if version is None else "the file is empty"
-                raise StorageError(f"{self.path}: {what}, and a read-only open creates none")
-            if version < len(_MIGRATIONS):
+            if cast(int, version) < len(_MIGRATIONS):
                 raise StorageError(
                     f"{self.path} has schema version {version}: open it for writing once"
                 )
@@ -3983,9 +3986,10 @@ class OperatorDb:
     """The operator's database: tasks, sessions, proofs, configuration, and namespaces of its own.
 
     `path` is the file (default: the environment's AGENC_DB_PATH, then ~/.agenc/operator.db),
-    created private to its owner when there is none; ":memory:" is a private temporary file, removed
-    at close. `read_only` changes no record and no byte of the file. `timeout` is how many seconds a
-    call waits for other threads and processes before BusyError.
+    created private to its owner when there is none, or, with `create=False`, a StorageError.
+    ":memory:" is a private temporary file, removed at close. `read_only` changes no record and no
+    byte of the file. `timeout` is how many seconds a call waits for other threads and processes
+    before BusyError.
 
     Durability. A call that changes something returns after its commit, and that survives the death
     of the process at any later moment. With `durable=True` it has also been synced to the disk: it
@@ -4016,6 +4020,7 @@ class OperatorDb:
         self,
         path: _Path | None = None,
         *,
+        create: bool = True,
         read_only: bool = False,
         durable: bool = True,
         timeout: float = 30,
@@ -4032,7 +4037,11 @@ class OperatorDb:
             path = os.path.join(directory, "operator.db")
         try:
             store = _Store(
-                _database_path(path), read_only=read_only, durable=durable, timeout=timeout
+                _database_path(path),
+                create=create,
+                read_only=read_only,
+                durable=durable,
+                timeout=timeout,
             )
         except BaseException:
             if directory:

@@ -5049,6 +5049,27 @@ class OpeningFindsOrCreatesTheFile(DatabaseTest):
                 self.assert_refused(InvalidRecordError, partial(OperatorDb, **options))
         self.assertEqual(os.listdir(self.folder), [])
 
+    def test_a_database_that_is_not_to_be_created_must_be_there(self) -> None:
+        for opens in (OperatorDb, OperatorDb.open):
+            for path in (self.path, self.beside("no/such/operator.db"), None, ":memory:"):
+                missing = path if path not in (None, ":memory:") else "operator.db"
+                for read_only in (False, True):
+                    with self.subTest(opens, path=path, read_only=read_only):
+                        opening = partial(opens, path, create=False, read_only=read_only)
+                        word = "read-only" if read_only else "create=False"
+                        words = (missing, "no database", word)
+                        self.assert_refused(StorageError, opening, *words)
+        self.assertEqual(os.listdir(self.folder), [])
+        write_bytes(self.path, b"")
+        with self.assert_bytes_unchanged():
+            opening = partial(OperatorDb, self.path, create=False)
+            self.assert_refused(StorageError, opening, self.path, "empty", "create=False")
+        store_tasks(self.db, "t")
+        self.assertEqual(task_ids(self.open(create=False)), ["t"])
+        self.db.close()
+        with OperatorDb.open(self.path, create=False) as db:
+            store_tasks(db, "u")
+
     def test_a_path_with_the_characters_of_a_uri_is_a_path(self) -> None:
         for name in ("a?mode=memory.db", "b#c.db", "d%41.db", "é \U0001f600.db", "e&f=g.db"):
             with self.subTest(name):
