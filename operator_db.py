@@ -3903,17 +3903,6 @@ def _says_nothing_new(task: TaskRecord, stored: TaskRecord) -> bool:
     )
 
 
-def _refuse_to_go_back(task: TaskRecord, stored: TaskRecord) -> None:
-    """Raise ConflictError for a task that is stale, or whose status is an earlier one."""
-    key, what = f"tasks:{_truncated_repr(task.task_id)}", ""
-    if _is_stale(task, stored):
-        what = "has moved on since the given record was read or made"
-    elif _moves_back(task, stored):
-        what = f"is {stored.status}, and storing it does not move it back to {task.status}"
-    if what:
-        raise ConflictError(f"{key} {what}: read it again, or use update_task")
-
-
 def _go_on_from(task: TaskRecord, stored: TaskRecord) -> None:
     """Make a task's history begin with what is stored, and end with the task's status.
 
@@ -4167,9 +4156,15 @@ class OperatorDb:
             tasks = self._tasks.within(unit)
             stored = self._get_unless_damaged(tasks, task.task_id)
             if stored is not None:
-                if _is_stale(task, stored) and _says_nothing_new(task, stored):
+                is_stale = _is_stale(task, stored)
+                if is_stale and _says_nothing_new(task, stored):
                     return stored
-                _refuse_to_go_back(task, stored)
+                if is_stale or _moves_back(task, stored):
+                    why = "is stale" if is_stale else f"moves it back to {task.status}"
+                    raise ConflictError(
+                        f"tasks:{_truncated_repr(task.task_id)} is {stored.status} by now, and the"
+                        f" record that was given {why}: read it again, or use update_task"
+                    )
             self._store_over(tasks, task, stored)
             return task
 
@@ -5578,6 +5573,9 @@ def _promises(folder: str) -> Iterator[str]:
         _expect_error(ConflictError, "tasks:'t3'", lambda: move("completed"))
         (moved,) = db.list_tasks_by_status("in_progress")
         _expect([each.signature for each in moved.history] == [None, "sig"], "both moves are kept")
+        _expect(db.store_task(TaskRecord(task_id="t3")) == moved, "a claim done over is no change")
+        back = replace(moved, status=TaskStatus.CLAIMED)
+        _expect_error(ConflictError, "tasks:'t3'", lambda: db.store_task(back))
         yield "status queries, history, and a change that depends on the present status"
 
         def talk() -> None:
