@@ -524,6 +524,8 @@ class _FieldType(NamedTuple):
     always_valid: frozenset[type] = frozenset()  # the types whose every value is valid
     copy: Callable[[Any], Any] | None = None  # None where the values cannot be changed
     has_secrets: bool = False  # whether it is, or holds, a record with secret fields
+    # adds to a new JSON value what the stored one holds beyond its records' fields, if it has any
+    keep_unknown: Callable[[Any, Any], None] | None = None
 
 
 def _refuse_constant(name: str) -> Any:
@@ -646,6 +648,7 @@ def _field_type(hint: Any) -> _FieldType:
             always_valid=frozenset({hint} if codec.is_immutable else ()),
             copy=None if codec.is_immutable else codec.copy,
             has_secrets=bool(codec.secrets),
+            keep_unknown=codec.keep_unknown,
         )
     raise TypeError(f"{hint} has no JSON form here")
 
@@ -708,7 +711,36 @@ def _list_of(inner: _FieldType) -> _FieldType:
         decode and (lambda v: [*map(decode, _json_list(v))]),
         copy=copy_list,
         has_secrets=inner.has_secrets,
+        keep_unknown=inner.keep_unknown and partial(_keep_unknown_in_list, inner.keep_unknown),
     )
+
+
+def _keep_unknown_in_list(keep: Callable[[Any, Any], None], stored: Any, new: Any) -> None:
+    """Do as `_Codec.keep_unknown` for the records of two JSON arrays.
+
+    A record goes on from the stored one that has its very values, or else, where the arrays are
+    equally long, from the one in its place.
+    """
+    if type(stored) is not list:
+        return
+    left = dict(enumerate(stored))
+    unmatched = []
+    for place, record in enumerate(new):
+        candidates = (n for n in left if _has_values_of(left[n], record))
+        same = place if _has_values_of(left.get(place), record) else next(candidates, None)
+        if same is None:
+            unmatched.append(place)
+        else:
+            keep(left.pop(same), record)
+    if len(stored) == len(new):
+        for place in unmatched:
+            keep(left.get(place), new[place])
+
+
+def _has_values_of(stored: Any, new: Any) -> bool:
+    """Whether a stored JSON object holds every value of a new one."""
+    is_object = type(stored) is dict and type(new) is dict
+    return is_object and all(name in stored and stored[name] == new[name] for name in new)
 
 
 def _dict_of(inner: _FieldType) -> _FieldType:
@@ -727,7 +759,13 @@ def _dict_of(inner: _FieldType) -> _FieldType:
         decode and (lambda v: {k: decode(x) for k, x in v.items()}),
         copy=copy_dict,
         has_secrets=inner.has_secrets,
+        keep_unknown=inner.keep_unknown and partial(_keep_unknown_in_dict, inner.keep_unknown),
     )
+
+
+def _keep_unknown_in_dict(keep: Callable[[Any, Any], None], stored: Any, new: Any) -> None:
+    for name in new if type(stored) is dict else ():
+        keep(stored.get(name), new[name])
 
 
 class _Codec(Generic[R]):
@@ -736,7 +774,8 @@ class _Codec(Generic[R]):
     Fields may be str, int, bool, float, bytes, enums, dataclasses, lists and str-keyed dicts of
     these, `X | None`, and free-form JSON (dict, list, Any). A field that the JSON lacks takes the
     dataclass's default; one that the dataclass lacks is ignored; one with `init=False` is written,
-    and on reading must be what the record computes.
+    and on reading must be what the record computes. A field with `metadata={"was": "name"}` is read
+    under its former name where the present one is not there.
     """
 
     def __init__(self, record_type: type[R]) -> None:
@@ -757,6 +796,10 @@ class _Codec(Generic[R]):
             for each in all_fields
             if each.metadata.get("secret") or self.field_types[each.name].has_secrets
         )
+        self._former_names = self._find_former_names(all_fields)
+        self.secret_names = self.secrets | {
+            former for name, former in self._former_names.items() if name in self.secrets
+        }
         # `attrgetter` of one name gives no tuple, and of none is an error: two more are added
         self._get_values: Callable[[R], _Row] = attrgetter(
             *self.field_types, "__class__", "__class__"
@@ -785,6 +828,22 @@ class _Codec(Generic[R]):
             self._is_ours
             and cast(Any, record_type)._derive_fields is not _CheckedRecord._derive_fields
         )
+
+    def _find_former_names(self, all_fields: tuple[Any, ...]) -> dict[str, str]:
+        """Return the former name of each field that has one."""
+        former_names = {f.name: f.metadata["was"] for f in all_fields if "was" in f.metadata}
+        for name, former in former_names.items():
+            is_clear = [*former_names.values()].count(former) == 1
+            if not _is_text(former) or former in self.field_types or not is_clear:
+                raise InvalidRecordError(
+                    f"{self.name}.{name}: 'was' must be a name that no field has or had, a str;"
+                    f" got {_truncated_repr(former)}"
+                )
+        return former_names
+
+    def is_former_name(self, former: str, name: str) -> bool:
+        """Whether a field had another name before."""
+        return self._former_names.get(name) == former
 
     def copy(self, record: R) -> R:
         """Return a record that nobody else can change; what is not one is returned as it is.
@@ -889,9 +948,12 @@ class _Codec(Generic[R]):
         if type(document) is not dict:
             raise TypeError(f"a {self.name} is a JSON object")
         has_all_fields = tuple(document) == self._names
+        for name, former in () if has_all_fields else self._former_names.items():
+            if former in document and name not in document:
+                document[name] = document.pop(former)
         for name in () if has_all_fields else self._required:
             if name not in document:
-                raise ValueError(f"{self.name}.{name} is missing")
+                raise ValueError(f"{self.name}.{name} is missing, and has no default")
         name = ""
         try:
             for name, decode in self._decoders:
@@ -944,6 +1006,21 @@ class _Codec(Generic[R]):
                 raise ValueError(f"{self.name}.{name} does not follow from the other fields")
         return record
 
+    def keep_unknown(self, stored: Any, new: Any) -> None:
+        """Add to a record's new JSON object what the stored one has under names not known here.
+
+        Another build of the operator may have written these. A former name is known.
+        """
+        if type(stored) is not dict or type(new) is not dict:
+            return
+        for name, value in stored.items():
+            if name not in self.field_types and name not in self._former_names.values():
+                new.setdefault(name, value)
+        for name, field_type in self.field_types.items():
+            if field_type.keep_unknown is not None:
+                former = self._former_names.get(name, name)
+                field_type.keep_unknown(stored.get(name, stored.get(former)), new[name])
+
     def defaults(self, names: list[str]) -> _Json:
         """Return as JSON the defaults of these fields, for those that have one."""
         document: _Json = {}
@@ -953,14 +1030,6 @@ class _Codec(Generic[R]):
                 encode = self.field_types[each.name].encode
                 document[each.name] = encode(value) if encode else value
         return document
-
-    def redact(self, document: _Json) -> _Json:
-        """Return a record's JSON object with `***` for its secrets.
-
-        Fields that the dataclass does not know are left out: they may have been secrets once.
-        """
-        known = (name for name in document if name in self.field_types)
-        return {name: _REDACTED if name in self.secrets else document[name] for name in known}
 
     def encode(self, record: R) -> str:
         """Return a valid record as one JSON document."""
@@ -1018,6 +1087,11 @@ def _redacted_repr(record: Any) -> str:
         if f.repr
     )
     return f"{type(record).__qualname__}({', '.join(parts)})"
+
+
+def _redact(document: _Json, secrets: frozenset[str]) -> _Json:
+    """Return a JSON object with `***` for the fields that are secret."""
+    return {name: _REDACTED if name in secrets else document[name] for name in document}
 
 
 def _first_missing_part(given: Any, other: Any) -> str:
@@ -1103,6 +1177,19 @@ def _file_size(path: str) -> int:
     with _translate_os_errors(path), suppress(FileNotFoundError):
         return os.stat(path).st_size
     return 0
+
+
+def _require_space(path: str, size: int, purpose: str) -> None:
+    """Raise StorageError unless the file system of a path has so many bytes free."""
+    import shutil
+
+    with _translate_os_errors(path):
+        free = shutil.disk_usage(os.path.dirname(path)).free
+    if free < size:
+        raise StorageError(
+            f"{purpose} takes {size:,} bytes of free space, and there are {free:,}: nothing was"
+            " changed"
+        )
 
 
 def _file_exists(path: str) -> bool:
@@ -1662,27 +1749,147 @@ _CREATE_TABLE = (
     " status TEXT, at INTEGER, crc INTEGER NOT NULL)"
 )
 _CREATE_INDEX = 'CREATE INDEX "{0}_status_at" ON "{0}"(status, at)'
-_OUR_TABLES = ("tasks", "sessions", "session_log", "proofs", "config")
+_OUR_TABLES = ("tasks", "sessions", "session_log", "proofs", "config", "_namespaces")
 # What the columns hold:  status                     at
 #   tasks                 the task's status          completion, or else the claim
 #   sessions              NULL                       last activity
 #   session_log           the name of the log        the entry's number in it
 #   proofs                'true' once submitted      when it was made
 #   config                NULL                       NULL
+#   _namespaces           NULL                       NULL
 _SELECT_DEFINITIONS = "SELECT type, name, tbl_name, sql FROM sqlite_master"
 _SELECT_TABLES = "SELECT name, sql FROM sqlite_master WHERE type = 'table' ORDER BY name"
 
 
-def _create_our_tables(connection: _Connection) -> None:
-    for table in _OUR_TABLES:
+def _row_checksum(key: bytes, value: bytes, status: bytes | None, at: int | None) -> int:
+    """Return the checksum of a row: CRC-32 of its columns and then its value.
+
+    No two rows give the same bytes: a key holds no NUL, the age is an int or None, and the length
+    tells where the status ends (-1: there is none). "agenc/2" is the name of this form.
+    """
+    length = -1 if status is None else len(status)
+    columns = b"agenc/2\0%b\0%a\0%d\0%b" % (key, at, length, status or b"")
+    return crc32(value, crc32(columns))
+
+
+# ---- the steps from each schema version to the next; frozen, since later versions run them too
+
+_VERSION_1_TABLES = ("tasks", "sessions", "session_log", "proofs", "config")
+_WRONG_CHECKSUM = -1  # CRC-32 is never negative
+# What version 1 read from a record of these tables: its id, its status, and its age.
+_VERSION_1_COLUMNS: dict[str, Callable[[_Json], tuple[str, str | None, int | None]]] = {
+    "tasks": lambda task: (
+        task["task_id"],
+        task["status"],
+        task["claimed_at"] if task["completed_at"] is None else task["completed_at"],
+    ),
+    "sessions": lambda session: (session["session_id"], None, session["last_active"]),
+    "session_log": lambda entry: (f"{entry['log']}:{entry['seq']}", entry["log"], entry["seq"]),
+    "proofs": lambda proof: (
+        proof["task_id"],
+        "true" if proof["submitted"] else "false",
+        proof["timestamp"],
+    ),
+    "config": lambda _: ("operator", None, None),
+}
+_SELECT_ROWS_AFTER = (
+    "SELECT rowid, key, value, status, at, crc, typeof(key), typeof(value), typeof(status)"
+    ' FROM "{0}" WHERE rowid > ? ORDER BY rowid LIMIT 1000'
+)
+_SELECT_ROW = _SELECT_ROWS_AFTER.replace("> ? ORDER BY rowid LIMIT 1000", "= ?")
+_SELECT_ROW_NUMBERS = 'SELECT rowid FROM "{0}" INDEXED BY "{1}"'
+_SET_CHECKSUM = 'UPDATE "{0}" SET crc = ? WHERE rowid = ?'
+
+
+def _create_version_1(connection: _Connection, _: _Connection, __: Progress | None) -> None:
+    for table in _VERSION_1_TABLES:
         connection.query(_CREATE_TABLE.format(table))
         connection.query(_CREATE_INDEX.format(table))
 
 
-_MIGRATIONS: tuple[Callable[[_Connection], None], ...] = (_create_our_tables,)
+def _migrate_to_version_2(
+    connection: _Connection, reader: _Connection, progress: Progress | None
+) -> None:
+    """Let checksums cover whole rows; add the table of what the operator's namespaces declare."""
+    tables = _tables_like_ours(reader.query)
+    connection.query(_CREATE_TABLE.format("_namespaces"))
+    connection.query(_CREATE_INDEX.format("_namespaces"))
+    total = done = 0
+    with suppress(DamagedError):
+        for table in tables:
+            total += reader.query(f'SELECT count(*) FROM "{table}"')[0][0]
+    for table in tables:
+        for count in _set_checksums(connection, reader, table):
+            done += count
+            if progress is not None:
+                progress(done, total)
+
+
+def _set_checksums(connection: _Connection, reader: _Connection, table: str) -> Iterator[int]:
+    """Give each row of a table its checksum of version 2, and yield how many rows are done.
+
+    Rows on a page that cannot be read keep what they have, which is none of version 2. They are
+    looked for by the reader, because a transaction that has met a damaged page can write no more.
+    """
+    last = -(2**63)
+    set_checksum = _SET_CHECKSUM.format(table)
+    try:
+        while rows := reader.query(
+            _SELECT_ROWS_AFTER.format(table), (last,), byte_limit=_BATCH_BYTES
+        ):
+            for row_number, *row in rows:
+                connection.execute(set_checksum, (_version_2_checksum(table, row), row_number))
+            last = rows[-1][0]
+            yield len(rows)
+    except DamagedError:
+        row_numbers = set[int]()
+        for index in (f"{table}_status_at", f"sqlite_autoindex_{table}_1"):
+            with suppress(DamagedError):
+                found = reader.query(_SELECT_ROW_NUMBERS.format(table, index))
+                row_numbers.update(number for (number,) in found if number > last)
+        for row_number in row_numbers:
+            with suppress(DamagedError):
+                for _, *row in reader.query(_SELECT_ROW.format(table), (row_number,)):
+                    connection.execute(set_checksum, (_version_2_checksum(table, row), row_number))
+            yield 1
+
+
+def _version_2_checksum(table: str, row: list[Any]) -> int:
+    """Return the checksum of a row of version 1; a certainly wrong one if the row is damaged.
+
+    The columns of our own tables are computed from the value. Where they are not those stored, the
+    value is still found to be whole, and the row to be damaged.
+    """
+    key, value, status, at, crc, *kinds = row
+    try:
+        if crc32(value) != crc or kinds[:2] != [b"text", b"text"] or kinds[2] == b"blob":
+            return _WRONG_CHECKSUM
+        stored = _row_checksum(key, value, status, at)
+        if table not in _VERSION_1_COLUMNS:
+            return stored
+        record_id, wanted_status, wanted_at = _VERSION_1_COLUMNS[table](json.loads(value))
+        wanted = (
+            f"{table}:{record_id}".encode(),
+            value,
+            None if wanted_status is None else wanted_status.encode(),
+            wanted_at,
+        )
+        if wanted == (key, value, status, at):
+            return stored
+        computed = _row_checksum(*wanted)
+        return _WRONG_CHECKSUM if computed == stored else computed
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return _WRONG_CHECKSUM
+
+
+_MIGRATIONS: tuple[Callable[[_Connection, _Connection, Progress | None], None], ...] = (
+    _create_version_1,
+    _migrate_to_version_2,
+)
 """The steps from each schema version to the next, the first from an empty file to version 1.
 
-Their number is the version that this module writes.
+Their number is the version that this module writes. A step gets the connection that the migration's
+transaction is open on, and one that reads the file as it was before.
 """
 
 
@@ -1772,6 +1979,16 @@ def _validate_table(definitions: list[_Definition], path: str, table: str) -> bo
             f"{path}: {what} is not as operator_db makes it; nothing was changed"
         )
     return bool(found)
+
+
+def _tables_like_ours(query: Callable[..., list[_Row]]) -> list[str]:
+    """Return the names of the tables that are defined as this module defines its own, sorted."""
+    template, found = _CREATE_TABLE.encode(), []
+    for name, sql in query(_SELECT_TABLES):
+        if sql == template.replace(b"{0}", name):
+            with suppress(UnicodeDecodeError):
+                found.append(name.decode())
+    return found
 
 
 def _inspect_file(path: str, timeout: float) -> int | None:
@@ -1894,11 +2111,19 @@ def _create_database(
         return True
 
 
-def _migrate(path: str, timeout: float, *, final_path: str) -> None:
+def _migrate(
+    path: str,
+    timeout: float,
+    *,
+    final_path: str,
+    keep_snapshot: bool = True,
+    progress: Progress | None = None,
+) -> None:
     """Bring an empty or older file to the present schema, in one transaction.
 
     Of several processes, one migrates and the others find it done: the write lock is taken before
-    the version is looked at. An older file is copied first; a step that fails leaves it as it was.
+    the version is looked at. An older file is copied first, unless it is a copy itself; a step that
+    fails leaves it as it was.
     """
     connection = _connect(path, timeout)
     connection.path = final_path  # in errors
@@ -1912,9 +2137,14 @@ def _migrate(path: str, timeout: float, *, final_path: str) -> None:
         connection.query(_BEGIN_WRITE)
         version = _validate_schema(connection)
         if 0 < version < len(_MIGRATIONS):
-            _snapshot_before_migration(path, timeout, version)
-        for step in _MIGRATIONS[version:]:
-            step(connection)
+            # every page is written to the WAL, and the snapshot is as large as the file
+            size = _file_size(path)
+            _require_space(path, 2 * size if keep_snapshot else size, f"to migrate {final_path}")
+            if keep_snapshot:
+                _snapshot_before_migration(path, timeout, version)
+        with closing(_connect(path, timeout, mode="query_only")) as reader:
+            for step in _MIGRATIONS[version:]:
+                step(connection, reader, progress)
         connection.query(f"PRAGMA application_id={APPLICATION_ID}")
         connection.query(f"PRAGMA user_version={len(_MIGRATIONS)}")
         _validate_schema(connection)  # nothing attached to an older file may live on in this one
@@ -2146,7 +2376,15 @@ class _Store:
     """The connections of one database file, shared by threads, contexts and processes."""
 
     def __init__(
-        self, path: str, *, create: bool, read_only: bool, durable: bool, timeout: float
+        self,
+        path: str,
+        *,
+        create: bool,
+        read_only: bool,
+        durable: bool,
+        timeout: float,
+        allow_older: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         self.path, self.read_only, self.durable, self.timeout = path, read_only, durable, timeout
         self.latencies: dict[str, Latency] = {}  # of what this process has done, by operation
@@ -2164,7 +2402,7 @@ class _Store:
         try:
             with ticket.in_force:
                 self._wait_for_turn(ticket)
-                self._open(create=create and not read_only)
+                self._open(create and not read_only, allow_older, progress)
         except BaseException:
             self._closed_reason = "could not be opened"  # its file is a plain one again
             self._close_connections()
@@ -2188,7 +2426,7 @@ class _Store:
 
     # ---- opening
 
-    def _open(self, *, create: bool) -> None:
+    def _open(self, create: bool, allow_older: bool, progress: Progress | None) -> None:
         _raise_if_inherited(self.path)
         for other in _all_stores():
             if other.path == self.path and other._is_split():
@@ -2204,9 +2442,10 @@ class _Store:
             mode = "a read-only open" if self.read_only else "create=False"
             raise StorageError(f"{self.path}: {what}, and {mode} creates none")
         if self.read_only:
-            if cast(int, version) < len(_MIGRATIONS):
+            if cast(int, version) < len(_MIGRATIONS) and not allow_older:
                 raise StorageError(
-                    f"{self.path} has schema version {version}: open it for writing once"
+                    f"{self.path} has schema version {version}: open it for writing once, as the"
+                    " operator does, or `python operator_db.py compact`"
                 )
         elif version is None:
             _create_database(self.path, self.timeout)
@@ -2220,7 +2459,7 @@ class _Store:
                         os.unlink(name)
             _restrict_permissions(self.path)
             if version != len(_MIGRATIONS):
-                _migrate(self.path, self.timeout, final_path=self.path)
+                _migrate(self.path, self.timeout, final_path=self.path, progress=progress)
             self._take_writer()
 
     def _take_writer(self) -> _Connection:
@@ -3243,8 +3482,11 @@ class Namespace(Generic[R]):
         key: str,
         status: str | None = None,
         at: str | None = None,
+        declarations: Namespace[_Declaration] | None = None,
     ) -> None:
         self.name, self.record_type = name, record_type
+        self._declarations = declarations  # None for our own
+        self._fields = key, status, at
         self._store, self._codec = store, _codec(record_type)
         self._via: _Store | _UnitOfWork = store  # what this reads and writes through
         for role, each in (("key", key), ("status", status), ("at", at)):
@@ -3273,6 +3515,20 @@ class Namespace(Generic[R]):
         part: Namespace[R] = object.__new__(_UNTIMED.get(type(self), type(self)))
         vars(part).update(vars(self), _via=unit)
         return part
+
+    def _stored_declaration(self) -> _Declaration | None:
+        """Return what the file says of this namespace, None where it says nothing."""
+        declarations, via = self._declarations, self._via
+        if declarations is None:
+            return None
+        if isinstance(via, _UnitOfWork):
+            declarations = declarations.within(via)
+        return declarations.get(self.name)
+
+    def secrets(self) -> frozenset[str] | None:
+        """Return the names of the secret fields, former ones too; None where they are not known."""
+        stored = self._stored_declaration()
+        return self._codec.secret_names.union(stored.secrets if stored else ())
 
     # ---- one record
 
@@ -3306,7 +3562,8 @@ class Namespace(Generic[R]):
 
         Returns what is stored now. Raises NotFoundError when there is no such record. `change` may
         raise, and then nothing is stored. It runs under the write lock: it must not keep others
-        waiting, and it may read the database but not write to it.
+        waiting, and it may read the database but not write to it. What is stored under names that
+        the class does not know stays.
         """
         with self._via.unit_of_work() as unit:
             part = self.within(unit)
@@ -3315,7 +3572,7 @@ class Namespace(Generic[R]):
                 key = _truncated_repr(self._key_prefix + record_id)
                 raise NotFoundError(f"there is no {key}")
             record = self._codec.take(unit.call(change, self._decode_row(row)))
-            changed = self._encode_row(record)
+            changed = self._encode_row(record, stored=row[1])
             if self._get_key(record) != record_id:
                 keys = _truncated_repr(self._key_prefix + record_id), _truncated_repr(changed[0])
                 raise InvalidRecordError(f"{keys[0]}: update gave another id, {keys[1]}")
@@ -3333,10 +3590,22 @@ class Namespace(Generic[R]):
     def _get_ignoring_columns(self, record_id: str) -> R | None:
         """Return the record in the value alone; None if there is no row, or it is not readable."""
         key = self._key_prefix + _check_id(record_id)
-        for _, value, _, _, crc in self._via.read(self._select_by_key, (key,)):
-            with suppress(ValueError, TypeError):
-                if crc32(value) == crc:
-                    return self._codec.decode(value)
+        for row in self._via.read(self._select_by_key, (key,)):
+            if (record := self._decode_value(row)) is not None:
+                return record
+        return None
+
+    def _decode_value(self, row: _Row) -> R | None:
+        """Return the record in a row whose columns may be damaged; None if its value is, too.
+
+        The checksum must be that of the columns which the value gives.
+        """
+        with suppress(ValueError, TypeError, AttributeError):
+            record = self._codec.decode(row[1])
+            record_id, status, at = self._columns_of(record)
+            whole = self._sealed_row(self._key_prefix + record_id, row[1].decode(), status, at)
+            if whole[4] == row[4]:
+                return record
         return None
 
     # ---- many records
@@ -3459,6 +3728,12 @@ class Namespace(Generic[R]):
         _check_days(days)
         if self._get_at is None:
             raise InvalidRecordError(f"{self.name} has no age: it was made without at=")
+        stored = self._stored_declaration()
+        if stored is not None and (stored.status, stored.at) != self._fields[1:]:
+            raise ConflictError(
+                f"{self.name} was declared with status={stored.status!r} and at={stored.at!r}"
+                " meanwhile: call namespace() again, and run one build only"
+            )
         before = _now() - int(days * 86400)
         statuses = self._stored_statuses() if status is None else [_status_text(status)]
         removed = 0
@@ -3536,7 +3811,7 @@ class Namespace(Generic[R]):
                     progress(done, 0)
                 try:
                     self._decode_row(row)
-                except DamagedError as error:
+                except (DamagedError, InvalidRecordError) as error:
                     found.append(str(error))
         except DamagedError:
             found = [*self._problems_by_index()]  # which finds the same again, and more
@@ -3573,7 +3848,7 @@ class Namespace(Generic[R]):
         for row in rows:
             try:
                 self._decode_row(row)
-            except DamagedError as error:
+            except (DamagedError, InvalidRecordError) as error:
                 yield str(error)
 
     # ---- rows
@@ -3590,9 +3865,18 @@ class Namespace(Generic[R]):
                 unit.write(_CREATE_TABLE.format(self.name))
                 unit.write(_CREATE_INDEX.format(self.name))
 
-    def _encode_row(self, record: R) -> tuple[str, str, str | None, int | None, int]:
-        """Return the row that a valid record is stored as; check its key, status and age."""
+    def _encode_row(
+        self, record: R, *, stored: bytes = b""
+    ) -> tuple[str, str, str | None, int | None, int]:
+        """Return the row that a valid record is stored as; check its key, status and age.
+
+        It keeps what a stored value has under names that the class does not know.
+        """
         value = self._codec.encode(record)
+        if stored and self._declarations is not None:  # our own have no such names
+            document = json.loads(value)
+            self._codec.keep_unknown(json.loads(stored), document)
+            value = _encode_json(document)
         try:
             key, status, at = self._columns_of(record)
         except InvalidRecordError:
@@ -3607,7 +3891,15 @@ class Namespace(Generic[R]):
             raise  # by a signal handler
         _check_id(key)
         _check_time(f"{self.name}: at=", at)
-        return self._key_prefix + key, value, status, at, crc32(value.encode())
+        return self._sealed_row(self._key_prefix + key, value, status, at)
+
+    @staticmethod
+    def _sealed_row(
+        key: str, value: str, status: str | None, at: int | None
+    ) -> tuple[str, str, str | None, int | None, int]:
+        """Return a row with its checksum."""
+        status_bytes = None if status is None else status.encode()
+        return key, value, status, at, _row_checksum(key.encode(), value.encode(), status_bytes, at)
 
     def _columns_of(self, record: R) -> tuple[str, str | None, int | None]:
         """Return the id, status and age that a record gives."""
@@ -3618,17 +3910,12 @@ class Namespace(Generic[R]):
         """Return the record in a row; raise DamagedError, which names the key."""
         key, value, status, at, crc = row[:5]
         try:
-            if crc32(value) != crc:
+            if _row_checksum(key, value, status, at) != crc:
                 raise ValueError("its checksum does not match")
             record = self._codec.decode(value)
-            record_id, *columns = self._columns_of(record)
-            if key.decode() != self._key_prefix + record_id:
-                raise ValueError("it holds the record of another key")
-            if columns != [None if status is None else status.decode(), at]:
-                raise ValueError("its status and age columns do not match the record")
-        except Exception as error:  # properties of a custom class may raise anything
+        except Exception as error:  # the constructor of a custom class may raise anything
             if not is_second_attempt:
-                with suppress(DamagedError):
+                with suppress(DamagedError, InvalidRecordError):
                     self._decode_row(row, is_second_attempt=True)
                     # The row is sound: a signal handler has raised something. The codec may have
                     # made a ValueError of it.
@@ -3636,41 +3923,80 @@ class Namespace(Generic[R]):
                     while cause.__suppress_context__ and cause.__context__:
                         cause = cause.__context__
                     raise cause from None
-            name = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
-            raise DamagedError(
-                f"{_truncated_repr(name)} is damaged: {error}; delete it, store it again, or"
-                " restore a backup"
-            ) from None
+            if self._declarations is not None and self._is_as_written(row):
+                name = _truncated_repr(key.decode())
+                raise InvalidRecordError(
+                    f"{name} is no {self.record_type.__name__} as that is now: {error}"
+                ) from None
+            raise self._unreadable(row, str(error)) from None
         return record
+
+    @staticmethod
+    def _is_as_written(row: _Row) -> bool:
+        """Whether a row has its checksum."""
+        key, value, status, at, crc = row[:5]
+        with suppress(TypeError):
+            return bool(_row_checksum(key, value, status, at) == crc)
+        return False
+
+    def _unreadable(self, row: _Row, why: str) -> OperatorDbError:
+        """Return the error for a row that is not what this module writes."""
+        ((version,),) = self._via.read(_USER_VERSION)
+        if version > len(_MIGRATIONS):  # migrated while it was open here
+            return NewerSchemaError(
+                f"{self._store.path} was migrated by a newer operator_db.py meanwhile: update"
+            )
+        key = row[0]
+        name = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
+        return DamagedError(
+            f"{_truncated_repr(name)} is damaged: {why}; delete it, store it again, or restore a"
+            " backup"
+        )
 
     def _id_in(self, key: bytes | None) -> str:
         """Return the id in a key as it is stored."""
         text = (key or b"a row without a key").decode(errors="replace")
         return text.removeprefix(self._key_prefix)
 
+    def _update_columns(self, unit: _UnitOfWork) -> None:
+        """Bring status and age of every row up to date with what the class gives now.
+
+        Damaged rows stay as they are. Raises InvalidRecordError for a row that is none of the
+        class's any more.
+        """
+        for row in self._walk(_WALK_ROWS, None):
+            with suppress(DamagedError):
+                record, key = self._decode_row(row), row[0].decode()
+                try:
+                    _, status, at, *_ = self._encode_row(record)[1:]
+                except InvalidRecordError as error:
+                    _, *fields = self._fields
+                    raise InvalidRecordError(
+                        f"{_truncated_repr(key)}, of which {' and '.join(filter(None, fields))} give"
+                        f" status and age: {error}"
+                    ) from None
+                if _as_read((status, at)) != row[2:4]:
+                    unit.write(self._upsert, self._sealed_row(key, row[1].decode(), status, at))
+
     # ---- rows, for transfer
 
-    def _export_lines(self, *, include_secrets: bool) -> Iterator[str]:
-        """Walk the records as lines of an export.
+    def _export_lines(self, secrets: frozenset[str]) -> Iterator[str]:
+        """Walk the records as lines of an export, with `***` for the secret fields.
 
         Custom records stand beside their id, status and age, which only the operator's code could
         derive again.
         """
         for row in self._walk(_WALK_ROWS, None):
             self._decode_row(row)  # raises if it is damaged
-            record = row[1].decode() if include_secrets else self._redact(row[1])
+            record = row[1].decode()
+            if secrets:
+                record = _encode_json(_redact(json.loads(record), secrets))
             columns = ""
             if self.name not in _OUR_TABLES:
                 status = None if row[2] is None else row[2].decode()
                 names = (("key", self._id_in(row[0])), ("status", status), ("at", row[3]))
                 columns = "".join(f',"{name}":{_encode_json(value)}' for name, value in names)
             yield f'{{"namespace":"{self.name}"{columns},"record":{record}}}\n'
-
-    def _redact(self, value: bytes) -> str:
-        """Return a stored document with `***` for its secrets."""
-        if self.name in _OUR_TABLES and not self._codec.secrets:
-            return value.decode()
-        return _encode_json(self._codec.redact(json.loads(value)))
 
     def _encode_document(
         self, record_id: Any, status: Any, at: Any, document: _Json
@@ -3684,9 +4010,8 @@ class Namespace(Generic[R]):
             raise ValueError(
                 "status must be text or null, at Unix seconds or null, the record plain JSON"
             )
-        text = _encode_json(document)
         key = self._key_prefix + _check_id(record_id)
-        return key, text, status, at, crc32(text.encode())
+        return self._sealed_row(key, _encode_json(document), status, at)
 
     def _insert_row(self, row: Iterable[Any]) -> bool:
         """Store a row unless there is one with its key; return whether it was stored."""
@@ -3703,8 +4028,50 @@ class Namespace(Generic[R]):
         return "replaced"
 
 
+@dataclass(kw_only=True)
+class _Declaration(_CheckedRecord):
+    """What `OperatorDb.namespace` was told of a custom namespace; it stands in `_namespaces`.
+
+    `key`, `status` and `at` are the names of fields, `secrets` those of the secret ones, now or
+    ever.
+    """
+
+    name: Id
+    key: str
+    status: str | None = None
+    at: str | None = None
+    secrets: list[str] = field(default_factory=list)
+
+
 class _TimedNamespace(Namespace[R]):
     """A custom namespace; ours are timed by the methods of OperatorDb."""
+
+    def declare(self) -> None:
+        """Make the table, its columns and its declaration what this namespace needs."""
+        if self.has_table() and self._declaration() == self._stored_declaration():
+            return
+        if self._store.read_only and self.has_table():
+            return
+        self._store.raise_if_in_transaction("namespace() cannot make or change its table")
+        with self._store.unit_of_work() as unit:
+            part = self.within(unit)
+            stored, wanted = part._stored_declaration(), self._declaration(unit)
+            if not part.has_table():
+                part.create_table()
+            elif stored is None or (stored.status, stored.at) != (wanted.status, wanted.at):
+                part._update_columns(unit)
+            cast("Namespace[_Declaration]", self._declarations).within(unit).put(wanted)
+
+    def _declaration(self, unit: _UnitOfWork | None = None) -> _Declaration:
+        """Return what is to be stored: these fields, and every secret that there ever was."""
+        key, status, at = self._fields
+        stored = (self.within(unit) if unit else self)._stored_declaration()
+        if stored and key != stored.key and not self._codec.is_former_name(stored.key, key):
+            raise ConflictError(
+                f"{self.name} is stored by key={stored.key!r}: key={key!r} needs a new namespace"
+            )
+        secrets = sorted(self._codec.secret_names.union(stored.secrets if stored else ()))
+        return _Declaration(name=self.name, key=key, status=status, at=at, secrets=secrets)
 
     get = _timed(Namespace.get)
     put = _timed(Namespace.put)
@@ -3718,23 +4085,32 @@ class _TimedNamespace(Namespace[R]):
 class _JsonNamespace(Namespace[Any]):
     """A namespace whose dataclass this process does not know: its records are JSON objects."""
 
-    def __init__(self, store: _Store, name: str) -> None:
+    def __init__(self, store: _Store, name: str, declarations: Namespace[_Declaration]) -> None:
         # the codec of any class without secrets will do: the methods below do not decode with it
-        super().__init__(store, name, TranscriptEntry, key="role")
+        super().__init__(store, name, TranscriptEntry, key="role", declarations=declarations)
 
-    def _redact(self, value: bytes) -> str:
-        return value.decode()  # the file does not say what is secret
+    def secrets(self) -> frozenset[str] | None:
+        """Return the names of the secret fields; None if the namespace was never declared."""
+        stored = self._stored_declaration()
+        return None if stored is None else frozenset(stored.secrets)
+
+    def columns_of(self, record_id: str) -> _Json | None:
+        """Return what can be shown of a record whose secret fields are not known, or None."""
+        row = self._read_row(record_id)
+        if row is None:
+            return None
+        self._decode_row(row)  # raises if it is damaged
+        status = None if row[2] is None else row[2].decode()
+        return {"key": row[0].decode(), "status": status, "at": row[3]}
 
     def _decode_row(self, row: _Row, *, is_second_attempt: bool = False) -> Any:
         try:
-            if crc32(row[1]) != row[4] or not _is_stored_time(row[3]):
+            key, value, status, at, crc = row[:5]
+            if _row_checksum(key, value, status, at) != crc:
                 raise ValueError
-            for text in (row[0], row[2] or b""):
-                text.decode()  # raises if it is damaged
-            return json.loads(row[1])
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            key = _truncated_repr(self._key_prefix + self._id_in(row[0]))
-            raise DamagedError(f"{key} is damaged: it is not what was written") from None
+            return json.loads(value)
+        except (ValueError, TypeError, RecursionError):
+            raise self._unreadable(row, "its checksum does not match") from None
 
 
 _UNTIMED: dict[type, type] = {_TimedNamespace: Namespace}  # a part of a timed call is not timed
@@ -3748,12 +4124,7 @@ def _is_namespace_name(name: object) -> bool:
 
 def _custom_tables(via: _Store | _UnitOfWork) -> list[str]:
     """Return the names of the custom namespaces that the file holds."""
-    template, found = _CREATE_TABLE.encode(), []
-    for name, sql in via.read(_SELECT_TABLES):
-        text = name.decode(errors="replace")
-        if sql == template.replace(b"{0}", name) and _is_namespace_name(text):
-            found.append(text)
-    return found
+    return [name for name in _tables_like_ours(via.read) if _is_namespace_name(name)]
 
 
 # ==== Operator database: tasks, sessions, proofs, configuration, and their rules ==================
@@ -4013,6 +4384,7 @@ class OperatorDb:
         read_only: bool = False,
         durable: bool = True,
         timeout: float = 30,
+        progress: Progress | None = None,
     ) -> None:
         if not (type(timeout) in (int, float) and 0 <= timeout < threading.TIMEOUT_MAX):
             raise InvalidRecordError(
@@ -4031,6 +4403,7 @@ class OperatorDb:
                 read_only=read_only,
                 durable=durable,
                 timeout=timeout,
+                progress=progress,
             )
         except BaseException:
             if directory:
@@ -4058,6 +4431,7 @@ class OperatorDb:
             "proofs", VerificationLog, key="task_id", status="submitted", at="timestamp"
         )
         self._config = ours("config", OperatorConfig, key="operator_id")
+        self._declarations = ours("_namespaces", _Declaration, key="name")
 
     @classmethod
     def open(cls, path: _Path | None = None, **options: Any) -> OperatorDb:
@@ -4121,10 +4495,16 @@ class OperatorDb:
                 "a namespace is 1 to 48 of a-z, 0-9 and _, a letter first, and none of ours;"
                 f" got {_truncated_repr(name)}"
             )
-        namespace = _TimedNamespace(self._store, name, record_type, key=key, status=status, at=at)
-        if not namespace.has_table():
-            self._store.raise_if_in_transaction("namespace() cannot create its table")
-            namespace.create_table()
+        namespace = _TimedNamespace(
+            self._store,
+            name,
+            record_type,
+            key=key,
+            status=status,
+            at=at,
+            declarations=self._declarations,
+        )
+        namespace.declare()
         self._namespaces[name] = namespace
         return namespace
 
@@ -4521,8 +4901,8 @@ class OperatorDb:
         """Store the proof of a task, once; return whether it is new.
 
         The same evidence again changes nothing, not even the first timestamp or the submission.
-        Raises ConflictError when the task has other evidence: a proof is never overwritten, unless
-        what is stored cannot be read.
+        Raises ConflictError when the task has other evidence: a proof is never overwritten. Nor is
+        one that cannot be read: DamagedError.
         """
         with self._store.unit_of_work() as unit:
             return self._store_proof(unit, log)
@@ -4532,17 +4912,19 @@ class OperatorDb:
         if proofs.put(log, if_absent=True):
             return True
         try:
-            stored = proofs.get(log.task_id)
+            stored = cast(VerificationLog, proofs.get(log.task_id))
         except DamagedError:
-            stored = proofs._get_ignoring_columns(log.task_id)
-            # mends the columns of a proof that is whole; what cannot be read is no evidence
-            proofs.put(stored or log)
-        if stored is not None and stored.evidence_hash != log.evidence_hash:
+            whole = proofs._get_ignoring_columns(log.task_id)
+            if whole is None:
+                raise
+            stored = whole
+            proofs.put(stored)  # mends its columns
+        if stored.evidence_hash != log.evidence_hash:
             raise ConflictError(
                 f"proofs:{_truncated_repr(log.task_id)} is never overwritten:"
                 f" {stored.evidence_hash} is stored, {log.evidence_hash} was given"
             )
-        return stored is None
+        return False
 
     @_timed
     def get_proof(self, task_id: str) -> VerificationLog | None:
@@ -4797,7 +5179,9 @@ class OperatorDb:
         """Return every custom namespace that the file holds."""
         store, known = self._store, self._namespaces
         names = _custom_tables(snapshot or store)
-        return [known.get(name) or _JsonNamespace(store, name) for name in names]
+        return [
+            known.get(name) or _JsonNamespace(store, name, self._declarations) for name in names
+        ]
 
     @_timed
     def stats(self) -> DbStats:
@@ -4810,7 +5194,7 @@ class OperatorDb:
             namespaces = [
                 each.within(snapshot)
                 for each in (
-                    *(self._namespaces[name] for name in _OUR_TABLES),
+                    *(self._namespaces[name] for name in _OUR_TABLES if name[0] != "_"),
                     *self._custom_namespaces(snapshot),
                 )
             ]
@@ -4868,9 +5252,9 @@ class OperatorDb:
 
         Takes constant memory. `file` is a path, whose file is private and is replaced atomically,
         or a stream, text or binary, which gets its first byte when the snapshot is done, so that a
-        slow one holds nothing up. Secrets are written as `***` unless asked for; those in a custom
-        namespace are known when `namespace()` was called for it on this object. Raises DamagedError
-        for a record that is not what was written.
+        slow one holds nothing up. Secrets are written as `***` unless asked for. Raises
+        DamagedError for a record that is not what was written, and ConflictError for a namespace of
+        a file of version 1 that nobody has declared since, because its secrets are not known.
         """
         _export(self, file, include_secrets, progress)
 
@@ -5100,13 +5484,26 @@ def _restore(db: OperatorDb, path: _Path, progress: Progress | None) -> None:
         _temporary_file(db.path) as temporary,
         _name_in_errors(origin, instead_of=temporary),
     ):
-        with OperatorDb(origin, read_only=True, timeout=db._store.timeout) as source:
-            source._store.copy_to(temporary, None)
+        source = _Store(
+            origin,
+            create=False,
+            read_only=True,
+            durable=True,
+            timeout=db._store.timeout,
+            allow_older=True,
+        )
+        with closing(source):
+            source.copy_to(temporary, None)
+        if _inspect_file(temporary, db._store.timeout) != len(_MIGRATIONS):
+            _migrate(temporary, db._store.timeout, final_path=origin, keep_snapshot=False)
         # what is checked is what is restored
         with OperatorDb(temporary, durable=False) as copied:
             # whoever has a namespace open that the backup lacks goes on with an empty one
             for name in {*names, *_custom_tables(copied._store)}:
-                _JsonNamespace(copied._store, name).create_table()
+                _JsonNamespace(copied._store, name, copied._declarations).create_table()
+                with suppress(DamagedError):
+                    if declaration := db._declarations.get(name):
+                        copied._declarations.put(declaration, if_absent=True)
             _raise_if_damaged(copied, origin, "nothing was restored from", progress)
             if copied._store.read(_AUTO_VACUUM) != [(_INCREMENTAL,)]:
                 copied._store.vacuum()  # another program made it, and it would never shrink
@@ -5142,14 +5539,16 @@ def _export(db: OperatorDb, file: _File, include_secrets: bool, progress: Progre
         ]
         namespaces = [each.within(snapshot) for each in namespaces]
         counts = {each.name: each.count() for each in namespaces}
-        withheld = {
-            each.name: sorted(each._codec.secrets) for each in namespaces if each._codec.secrets
-        }
+        secrets = (
+            {} if include_secrets else {each.name: _known_secrets(each) for each in namespaces}
+        )
+        declarations = db._declarations.within(snapshot).values()
         header: _Json = {
             "format": _EXPORT_FORMAT,
             "schema_version": len(_MIGRATIONS),
             "exported_at": _now(),
-            "withheld": {} if include_secrets else withheld,
+            "withheld": {name: sorted(each) for name, each in secrets.items() if each},
+            "namespaces": [*map(_codec(_Declaration).to_json, declarations)],
             "records": counts,
         }
         write(_encode_json(header).encode() + b"\n")
@@ -5158,12 +5557,23 @@ def _export(db: OperatorDb, file: _File, include_secrets: bool, progress: Progre
             if namespace.name == "sessions":
                 lines = _session_lines(db, snapshot)
             else:
-                lines = namespace._export_lines(include_secrets=include_secrets)
+                lines = namespace._export_lines(secrets.get(namespace.name, frozenset()))
             for line in lines:
                 write(line.encode())
                 done += 1
                 if progress is not None:
                     snapshot.call(progress, done, total)
+
+
+def _known_secrets(namespace: Namespace[Any]) -> frozenset[str]:
+    """Return the names of the secret fields; raise ConflictError if they are not known."""
+    secrets = namespace.secrets()
+    if secrets is None:
+        raise ConflictError(
+            f"which fields of {namespace.name} are secret is not known until namespace() was called"
+            " for it: include secrets, or call that first"
+        )
+    return secrets
 
 
 def _session_lines(db: OperatorDb, snapshot: _UnitOfWork) -> Iterator[str]:
@@ -5219,6 +5629,9 @@ def _read_our_export(header: _Json, lines: Iterator[bytes]) -> Iterator[tuple[st
             raise ValueError(
                 "the header does not say how many records there are, and what is withheld"
             )
+        declarations = _json_list(header.get("namespaces", []))  # version 1 has none
+    for declaration in declarations:
+        yield "line 1", {"namespace": "_namespaces", "record": declaration, "withheld": []}
     found: Counter[Any] = Counter()
     for number, line in enumerate(lines, 2):
         if not line.isspace():
@@ -5327,22 +5740,24 @@ def _import(db: OperatorDb, file: _File, progress: Progress | None) -> dict[str,
                     counted[outcome] += 1
                 if progress is not None:
                     unit.call(progress, done, total)
+    counts.pop("_namespaces", None)  # they are no records of the operator's
     return dict(counts)
 
 
 def _namespace_for(db: OperatorDb, entry: _Json) -> Namespace[Any]:
     """Return the namespace of a line; raise ValueError for a line that is not shaped as ours."""
     name = entry.get("namespace")
-    if not isinstance(name, str) or not (name in _EXPORTED_TABLES or _is_namespace_name(name)):
+    is_ours = name in (*_EXPORTED_TABLES, "_namespaces")
+    if not isinstance(name, str) or not (is_ours or _is_namespace_name(name)):
         raise ValueError(f"there is no namespace {_truncated_repr(name)}")
     wanted = {"namespace", "record"}
-    if name not in _EXPORTED_TABLES:
+    if not is_ours:
         wanted |= {"key", "status", "at"}
     if entry.keys() - {"withheld"} != wanted or type(entry["record"]) is not dict:
         raise ValueError(
             f"it must hold exactly {', '.join(sorted(wanted))}, the record being a JSON object"
         )
-    return db._namespaces.get(name) or _JsonNamespace(db._store, name)
+    return db._namespaces.get(name) or _JsonNamespace(db._store, name, db._declarations)
 
 
 def _row_for(db: OperatorDb, entry: _Json) -> _Row | None:
@@ -5353,6 +5768,11 @@ def _row_for(db: OperatorDb, entry: _Json) -> _Row | None:
     namespace = _namespace_for(db, entry)
     if namespace.name == "sessions":
         _codec(SessionState).from_json_strictly(entry["record"])
+        return None
+    if namespace.name == "_namespaces":
+        declaration = namespace._codec.from_json_strictly(entry["record"])
+        if not _is_namespace_name(declaration.name):
+            raise ValueError(f"there is no namespace {_truncated_repr(declaration.name)}")
         return None
     redacted = _redacted_fields(namespace, entry)
     if not redacted:
@@ -5388,7 +5808,7 @@ def _redacted_fields(namespace: Namespace[Any], entry: _Json) -> list[str]:
     They are those written as `***`, and of the configuration also those that are absent.
     """
     document = entry["record"]
-    secrets = namespace._codec.secrets or entry["withheld"]
+    secrets = sorted({*(namespace.secrets() or ()), *entry["withheld"]})
     redacted = []
     for name in secrets:
         with _locate_errors(f"{namespace.name}.{name}"):
@@ -5436,6 +5856,8 @@ def _merge_entry(
     if namespace.name == "sessions":
         session = _codec(SessionState).from_json_strictly(entry["record"])
         return _merge_session(db, unit, session)
+    if namespace.name == "_namespaces":
+        return _merge_declaration(namespace, entry["record"])
     redacted = _redacted_fields(namespace, entry)
     if redacted:
         # a damaged record raises: what it holds is not given up for ***
@@ -5471,6 +5893,22 @@ def _merge_task(db: OperatorDb, namespace: Namespace[Any], row: _Row) -> str:
             return "unchanged"
     db._store_over(namespace, task, stored)
     return "unchanged" if task == stored else "replaced"
+
+
+def _merge_declaration(declarations: Namespace[_Declaration], document: _Json) -> str:
+    """Store a declaration, or unite the secrets of the one that is stored with it."""
+    given = declarations._codec.from_json_strictly(document)
+    stored = declarations.get(given.name)
+    if stored is None:
+        return "added" if declarations.put(given) else ""
+    if (stored.key, stored.status, stored.at) != (given.key, given.status, given.at):
+        raise ConflictError(
+            f"{given.name} has other key, status and age fields here: {stored.key!r},"
+            f" {stored.status!r}, {stored.at!r}, not {given.key!r}, {given.status!r}, {given.at!r}"
+        )
+    secrets = sorted({*stored.secrets, *given.secrets})
+    declarations.put(replace(stored, secrets=secrets))
+    return "unchanged"
 
 
 def _merge_session(db: OperatorDb, unit: _UnitOfWork, session: SessionState) -> str:
@@ -5513,8 +5951,7 @@ def _merge_config(namespace: Namespace[Any], row: _Row, counts: Counter[str]) ->
 def _merge_proof(db: OperatorDb, unit: _UnitOfWork, namespace: Namespace[Any], row: _Row) -> str:
     """Store a proof, or only its submission where the same evidence is stored."""
     log = namespace._codec.from_json(json.loads(row[1]))
-    if db._store_proof(unit, log):
-        return "replaced"  # one that could not be read
+    db._store_proof(unit, log)
     stored = cast(VerificationLog, namespace.get(log.task_id))
     merged = replace(
         stored,
@@ -5908,7 +6345,7 @@ def _progress(label: str) -> Iterator[Progress | None]:
         yield draw
     finally:
         try:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            print("\r\x1b[K" if drawn_at else "", end="", file=sys.stderr, flush=True)
         except OSError:
             _discard_output(2)
 
@@ -6040,24 +6477,31 @@ def _find_namespace(db: OperatorDb, name: str) -> Namespace[Any]:
     return namespaces[name]
 
 
-@_command("read", "KEY")
+@_command("read", "KEY", "--include-secrets")
 def _get(db: OperatorDb, options: Any) -> int:
     """one record, by its key
 
     A key is a namespace and an id: tasks:ID, sessions:ID, proofs:TASK_ID, config:operator. Bytes
-    are shown in base64.
+    are shown in base64, secrets as *** unless asked for. Of an operator's namespace that was never
+    declared in this file, whose secrets are not known, only key, status and age are shown.
 
     get tasks:t1
     """
     name, _, record_id = options.key.partition(":")
     namespace = _find_namespace(db, name)
-    record = db.get_session(record_id) if name == "sessions" else namespace.get(record_id)
+    secrets = frozenset[str]() if options.include_secrets else namespace.secrets()
+    record: Any
+    if secrets is None and isinstance(namespace, _JsonNamespace):
+        record = namespace.columns_of(record_id)
+    elif name == "sessions":
+        record = db.get_session(record_id)
+    else:
+        record = namespace.get(record_id)
     if record is None:
         raise NotFoundError(f"there is no {_truncated_repr(options.key)}")
     if not isinstance(record, dict):
-        codec: _Codec[Any] = _codec(type(record))
-        record = codec.redact(codec.to_json(record))
-    _print_json(record, indent=None if options.json else 2)
+        record = _codec(type(record)).to_json(record)
+    _print_json(_redact(record, secrets or frozenset()), indent=None if options.json else 2)
     return 0
 
 
@@ -6082,9 +6526,8 @@ def _keys(db: OperatorDb, options: Any) -> int:
 def _export_(db: OperatorDb, options: Any) -> int:
     """every record as JSON Lines, from one snapshot
 
-    A header, then one record a line. Secrets are written as *** unless asked for. Those of an
-    operator's own namespaces are known to its code alone, and written: use OperatorDb.export()
-    there.
+    A header, then one record a line. Secrets are written as *** unless asked for, those of an
+    operator's own namespaces too.
 
     export -o operator.jsonl
     """
@@ -6375,7 +6818,9 @@ def _run_on_database(run: _Run, opens: str, options: Any) -> int | Callable[[], 
         if not only_looks and not os.access(path, os.W_OK):
             # SQLite would leave files beside another user's
             raise StorageError(f"{path}: you have no permission to write it")
-        with OperatorDb(path, read_only=only_looks) as db:
+        with _progress("migrate") as progress:
+            db = OperatorDb(path, read_only=only_looks, progress=progress)
+        with db:
             return run(db, options)
     if opens != "create":
         raise StorageError(
