@@ -523,6 +523,7 @@ class _FieldType(NamedTuple):
     decode: Callable[[Any], Any] | None = None
     always_valid: frozenset[type] = frozenset()  # the types whose every value is valid
     copy: Callable[[Any], Any] | None = None  # None where the values cannot be changed
+    load: Callable[[Any], Any] | None = None  # decodes what was checked before; None: as `decode`
     has_secrets: bool = False  # whether it is, or holds, a record with secret fields
     # adds to a new JSON value what the stored one holds beyond its records' fields, if it has any
     keep_unknown: Callable[[Any, Any], None] | None = None
@@ -537,6 +538,34 @@ _scan_json = cast(Any, json.JSONDecoder(parse_constant=_refuse_constant)).scan_o
 _encode_json = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")
 ).encode
+
+
+def _encode_part(value: Any) -> Any:
+    """Return a part of a record that JSON has no form of as one that it has."""
+    if type(value) is bytes:
+        return _base64(value)
+    return value._value_ if isinstance(value, Enum) else _codec(type(value)).document_of(value)
+
+
+# JSONEncoder.encode makes its encoder in C anew at every call, which takes as long as it works.
+_make_encoder: Any = json.encoder.c_make_encoder  # type: ignore[attr-defined]
+_encode_in_c = _make_encoder and _make_encoder(
+    None, _encode_part, json.encoder.encode_basestring, None, ":", ",", False, False, False
+)
+_encode_in_python = json.JSONEncoder(
+    ensure_ascii=False,
+    allow_nan=False,
+    check_circular=False,
+    separators=(",", ":"),
+    default=_encode_part,
+).encode
+
+
+def _encode_document(document: _Json) -> str:
+    """Return the values of a record, whole ones of Python's among them, as a JSON document."""
+    if _encode_in_c is None:  # there is no such encoder but in CPython
+        return _encode_in_python(document)
+    return "".join(_encode_in_c(document, 0))
 
 
 def _parse_json_object(text: bytes) -> _Json:
@@ -647,6 +676,7 @@ def _field_type(hint: Any) -> _FieldType:
             codec.from_json,
             always_valid=frozenset({hint} if codec.is_immutable else ()),
             copy=None if codec.is_immutable else codec.copy,
+            load=codec.load,
             has_secrets=bool(codec.secrets),
             keep_unknown=codec.keep_unknown,
         )
@@ -679,11 +709,13 @@ def _validator(field_type: _FieldType) -> Callable[[Any], bool]:
 
 def _optional(inner: _FieldType) -> _FieldType:
     encode, decode, copy = inner.encode, inner.decode, cast(Any, inner.copy)
+    load = inner.load
     return inner._replace(
         description=f"{inner.description}, or None",
         encode=encode and (lambda v: None if v is None else encode(v)),
         decode=decode and (lambda v: None if v is None else decode(v)),
         copy=inner.copy and (lambda v: None if v is None else copy(v)),
+        load=load and (lambda v: None if v is None else load(v)),
         always_valid=inner.always_valid | {type(None)},
     )
 
@@ -696,7 +728,7 @@ def _json_list(value: Any) -> list[Any]:
 
 def _list_of(inner: _FieldType) -> _FieldType:
     encode, decode, copy, is_valid = inner.encode, inner.decode, inner.copy, _validator(inner)
-    all_valid = inner.always_valid.issuperset
+    all_valid, load = inner.always_valid.issuperset, inner.load
 
     def copy_list(value: Any) -> Any:
         if type(value) is not list:
@@ -710,6 +742,7 @@ def _list_of(inner: _FieldType) -> _FieldType:
         encode and (lambda v: [*map(encode, v)]),
         decode and (lambda v: [*map(decode, _json_list(v))]),
         copy=copy_list,
+        load=load and (lambda v: [*map(load, _json_list(v))]),
         has_secrets=inner.has_secrets,
         keep_unknown=inner.keep_unknown and partial(_keep_unknown_in_list, inner.keep_unknown),
     )
@@ -745,6 +778,7 @@ def _has_values_of(stored: Any, new: Any) -> bool:
 
 def _dict_of(inner: _FieldType) -> _FieldType:
     encode, decode, copy, is_valid = inner.encode, inner.decode, inner.copy, _validator(inner)
+    load = inner.load
 
     def copy_dict(value: Any) -> Any:
         if type(value) is not dict:
@@ -758,6 +792,7 @@ def _dict_of(inner: _FieldType) -> _FieldType:
         encode and (lambda v: {k: encode(x) for k, x in v.items()}),
         decode and (lambda v: {k: decode(x) for k, x in v.items()}),
         copy=copy_dict,
+        load=load and (lambda v: {k: load(x) for k, x in v.items()}),
         has_secrets=inner.has_secrets,
         keep_unknown=inner.keep_unknown and partial(_keep_unknown_in_dict, inner.keep_unknown),
     )
@@ -808,6 +843,9 @@ class _Codec(Generic[R]):
         self._enums = [(f.name, hints[f.name]) for f in all_fields if _is_enum(hints[f.name])]
         self._encoders = [(n, each.encode) for n, each in self.field_types.items() if each.encode]
         self._decoders = [(n, each.decode) for n, each in self.field_types.items() if each.decode]
+        self._loaders = [
+            (n, load) for n, each in self.field_types.items() if (load := each.load or each.decode)
+        ]
         self._copiers = [(n, each.copy) for n, each in self.field_types.items() if each.copy]
         self._computed = [f.name for f in all_fields if not f.init]
         self._settable = frozenset(f.name for f in all_fields if f.init)
@@ -933,6 +971,13 @@ class _Codec(Generic[R]):
 
     # ---- to JSON and back
 
+    def document_of(self, record: R) -> _Json:
+        """Return the values of a record by their names, as `_encode_document` takes them."""
+        document: _Json | None = getattr(record, "__dict__", None)
+        if document is None or tuple(document) != self._names:
+            return dict(zip(self._names, self._get_values(record)[:-2], strict=True))
+        return document
+
     def to_json(self, record: R) -> _Json:
         """Return a valid record as a JSON object."""
         document = dict(zip(self._names, self._get_values(record)[:-2], strict=True))
@@ -969,6 +1014,22 @@ class _Codec(Generic[R]):
             self._validate_fields(values)
         record = object.__new__(self.record_type)
         vars(record).update(document)
+        if self._derives_fields:
+            cast(_CheckedRecord, record)._derive_fields()
+        return record
+
+    def load(self, document: Any) -> R:
+        """Return the record that a JSON object describes, of which a valid record was made before.
+
+        Unlike `from_json` it does not look at types and ranges again.
+        """
+        is_whole = type(document) is dict and tuple(document) == self._names
+        if not (is_whole and self._can_skip_constructor):
+            return self.from_json(document)
+        for name, load in self._loaders:
+            document[name] = load(document[name])
+        record = object.__new__(self.record_type)
+        object.__setattr__(record, "__dict__", document)  # also of a frozen dataclass
         if self._derives_fields:
             cast(_CheckedRecord, record)._derive_fields()
         return record
@@ -1045,13 +1106,18 @@ class _Codec(Generic[R]):
             raise  # by a signal handler
 
     def _encode_reversibly(self, record: R) -> str:
-        text = _encode_json(self.to_json(record))
-        if not self._is_ours and _encode_json(self.to_json(self.decode(text.encode()))) != text:
-            raise ValueError("its constructor changes it")
+        text = _encode_document(self.document_of(record))
+        if not self._is_ours:
+            read_back = self.decode(text.encode())
+            if _encode_document(self.document_of(read_back)) != text:
+                raise ValueError("its constructor changes it")
         return text
 
-    def decode(self, text: bytes) -> R:
-        """Return the record in a stored document; raise ValueError or TypeError if it has none."""
+    def decode(self, text: bytes, *, was_checked: bool = False) -> R:
+        """Return the record in a stored document; raise ValueError or TypeError if it has none.
+
+        `was_checked` says that it was written from a valid record: see `load`.
+        """
         try:
             whole = text.decode()
             document, end = _scan_json(whole, 0)
@@ -1060,7 +1126,7 @@ class _Codec(Generic[R]):
         except (ValueError, StopIteration, RecursionError, AttributeError):
             # `from None`, because the parser's own error holds the whole text
             raise ValueError("not a JSON document") from None
-        return self.from_json(document)
+        return self.load(document) if was_checked else self.from_json(document)
 
 
 _CODECS: dict[type, _Codec[Any]] = {}
@@ -1540,14 +1606,6 @@ class _Connection(sqlite3.Connection):
     last_error = ""  # the text of the last error: it may have ended a transaction
     _execute = sqlite3.Connection.execute
 
-    @property
-    def in_transaction(self) -> bool:
-        """Whether a transaction is open; False for a connection that was closed."""
-        try:
-            return super().in_transaction
-        except sqlite3.ProgrammingError:
-            return False
-
     def query(
         self,
         sql: str,
@@ -1573,7 +1631,12 @@ class _Connection(sqlite3.Connection):
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
         """Execute a statement and return its cursor, as `sqlite3` does."""
-        return self.with_retries(self._execute, sql, parameters)
+        deadline = None
+        while True:
+            try:
+                return self._execute(sql, parameters)
+            except _SQLITE_ERRORS as error:
+                deadline = self._wait_or_raise(error, deadline)
 
     def with_retries(self, action: Callable[..., R], *arguments: Any) -> R:
         """Call a method of the connection, waiting for locks and raising this module's errors."""
@@ -2182,7 +2245,7 @@ def _snapshot_before_migration(path: str, timeout: float, version: int) -> None:
 # too, and sees what the transaction has done so far, if that is a user's.
 
 _CHECKPOINT_BYTES = 4 * 2**20  # how much longer the WAL may have become since a checkpoint
-_CHECKPOINT_WRITES = 200  # statements between two, for a WAL that starts over keeps its size
+_CHECKPOINT_WRITES = 1_000  # statements between two, for a WAL that starts over keeps its size
 _PAGES_PER_STEP = 500  # how many are copied, or given back to the file system, at a time
 _PAUSE_FOR_OTHERS = 0.002  # seconds; other processes look for the write lock every millisecond
 _LONG_WRITE = 0.01  # seconds, after which a writer lets others in
@@ -2595,7 +2658,11 @@ class _Store:
         connection = ticket.connection
         if connection is None:
             raise ClosedError(f"{self.path}: this transaction is that of the parent process")
-        if not connection.in_transaction:
+        try:
+            is_active = connection.in_transaction
+        except sqlite3.ProgrammingError:  # it was closed
+            is_active = False
+        if not is_active:
             cause = connection.last_error or "it was rolled back"
             raise StorageError(
                 f"an earlier error ended the transaction, nothing in it is stored: {cause}"
@@ -3912,7 +3979,8 @@ class Namespace(Generic[R]):
         try:
             if _row_checksum(key, value, status, at) != crc:
                 raise ValueError("its checksum does not match")
-            record = self._codec.decode(value)
+            # at first without a look at types and ranges, for which the checksum vouches
+            return self._codec.decode(value, was_checked=not is_second_attempt)
         except Exception as error:  # the constructor of a custom class may raise anything
             if not is_second_attempt:
                 with suppress(DamagedError, InvalidRecordError):
@@ -3929,7 +3997,6 @@ class Namespace(Generic[R]):
                     f"{name} is no {self.record_type.__name__} as that is now: {error}"
                 ) from None
             raise self._unreadable(row, str(error)) from None
-        return record
 
     @staticmethod
     def _is_as_written(row: _Row) -> bool:
@@ -3970,10 +4037,9 @@ class Namespace(Generic[R]):
                 try:
                     _, status, at, *_ = self._encode_row(record)[1:]
                 except InvalidRecordError as error:
-                    _, *fields = self._fields
+                    names = " and ".join(filter(None, self._fields[1:]))
                     raise InvalidRecordError(
-                        f"{_truncated_repr(key)}, of which {' and '.join(filter(None, fields))} give"
-                        f" status and age: {error}"
+                        f"{_truncated_repr(key)}, whose status and age {names} give: {error}"
                     ) from None
                 if _as_read((status, at)) != row[2:4]:
                     unit.write(self._upsert, self._sealed_row(key, row[1].decode(), status, at))
