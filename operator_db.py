@@ -1028,8 +1028,12 @@ class _Codec(Generic[R]):
             return self.from_json(document)
         for name, load in self._loaders:
             document[name] = load(document[name])
+        return self.from_checked(document)
+
+    def from_checked(self, values: _Json) -> R:
+        """Return one of our records; its values, all of them and in order, were checked before."""
         record = object.__new__(self.record_type)
-        object.__setattr__(record, "__dict__", document)  # also of a frozen dataclass
+        object.__setattr__(record, "__dict__", values)  # also of a frozen dataclass
         if self._derives_fields:
             cast(_CheckedRecord, record)._derive_fields()
         return record
@@ -4259,12 +4263,6 @@ def _log_names(session_id: str) -> tuple[str, str]:
     return f"transcript:{session_id}", f"commands:{session_id}"
 
 
-def _common_fields(session: SessionState | _StoredSession) -> _Json:
-    """Return the fields that a session and its row have in common."""
-    names = ("session_id", "active_task_ids", "created_at", "last_active")
-    return {name: getattr(session, name) for name in names}
-
-
 # ---- rules of a task's history
 
 
@@ -4790,8 +4788,14 @@ class OperatorDb:
         at = session.last_active
         new_commands = ((command, None, at) for command in commands[known_commands:])
         self._append_entries(unit, command_log, known_commands, new_commands)
-        row = _StoredSession(**_common_fields(session))
-        row.transcript_entries, row.commands = len(said), len(commands)
+        row = _StoredSession(
+            session_id=name,
+            active_task_ids=session.active_task_ids,
+            created_at=session.created_at,
+            last_active=session.last_active,
+            transcript_entries=len(said),
+            commands=len(commands),
+        )
         self._sessions.within(unit)._put(row)
 
     @_timed
@@ -4928,8 +4932,9 @@ class OperatorDb:
         self, unit: _UnitOfWork, row: _StoredSession, last: int | None = None
     ) -> list[TranscriptEntry]:
         log, _ = _log_names(row.session_id)
+        make = _codec(TranscriptEntry).from_checked
         return [
-            TranscriptEntry(role=e.role or "", content=e.content, timestamp=e.timestamp)
+            make({"role": e.role or "", "content": e.content, "timestamp": e.timestamp})
             for e in self._read_entries(unit, log, row.transcript_entries, last)
         ]
 
@@ -4938,7 +4943,16 @@ class OperatorDb:
         _, log = _log_names(row.session_id)
         commands = [entry.content for entry in self._read_entries(unit, log, row.commands)]
         transcript = self._read_transcript(unit, row)
-        return SessionState(**_common_fields(row), transcript=transcript, command_history=commands)
+        return _codec(SessionState).from_checked(
+            {
+                "session_id": row.session_id,
+                "transcript": transcript,
+                "command_history": commands,
+                "active_task_ids": row.active_task_ids,
+                "created_at": row.created_at,
+                "last_active": row.last_active,
+            }
+        )
 
     def _shorten_or_delete_session(self, unit: _UnitOfWork, session_id: str) -> bool:
         """Remove a session, or, of a long one, only its last entries; return whether it is gone.

@@ -4571,7 +4571,7 @@ class InterruptsLoseNothing(DatabaseTest):
             before, after, *outcomes = found
             self.assertEqual(outcomes[-1], after, "the verb has returned and is not done")
             self.assertEqual({*outcomes}, {before, after})
-            self.assertGreater(number, 10, "the verb was hardly interrupted")
+            self.assertGreater(number, 5, "the verb was hardly interrupted")
             self.assertEqual(self.second.check(), [])
 
     def find(self, name: str) -> str:
@@ -5907,6 +5907,30 @@ class VersionOneMovesOn(DatabaseTest):
         self.assertEqual((session.transcript, session.command_history), ([entry], ["status t1"]))
         self.assertEqual(db.get_config().keypairs, {"main": "/keys/main.json"})
         self.assertEqual(devices_of(db).get("phone").token, "tok-phone")
+
+    def test_a_time_in_milliseconds_that_version_1_stored_is_read(self) -> None:
+        changes = {
+            "tasks:t1": ("claimed_at", '"claimed_at":1,', '"claimed_at":1774627200000,'),
+            "session_log:transcript:s0:0": (
+                "timestamp",
+                '"timestamp":0',
+                '"timestamp":-70000000000',
+            ),
+        }
+        for key, (_, old, new) in changes.items():
+            table = key.partition(":")[0]
+            ((value,),) = self.sql(f"SELECT value FROM {table} WHERE key = ?", key)
+            self.assertIn(old, value)
+            value = value.replace(old, new)
+            statement = f"UPDATE {table} SET value = ?, crc = ? WHERE key = ?"
+            self.sql(statement, value, crc32(value.encode()), key)
+        self.sql("UPDATE tasks SET at = 1774627200000 WHERE key = 'tasks:t1'")
+        db = self.open()
+        self.assertEqual(db.check(), [])
+        self.assertEqual(db.get_task("t1").claimed_at, 1774627200000)
+        self.assertEqual(db.transcript("s0")[0].timestamp, -70000000000)
+        change = partial(db.update_task_status, "t1", "disputed")
+        self.assert_refused(InvalidRecordError, change, "milliseconds")
 
     def test_what_was_damaged_still_is_and_nothing_else(self) -> None:
         damages = {
