@@ -35,7 +35,7 @@ replaces.
     namespace              the rows of one table
     operator database      OperatorDb: tasks, sessions, proofs, configuration, upkeep
     metrics                latencies, statistics, Prometheus
-    transfer               export, import, backup, restore
+    transfer               export, import, backup, restore, repair
     self-check             the promises, shown one after the other
     command line           argparse, tables, progress
 """
@@ -60,7 +60,14 @@ from binascii import a2b_base64, b2a_base64
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from contextvars import ContextVar, Token
 from copy import copy as shallow_copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -73,7 +80,7 @@ from operator import attrgetter
 from typing import IO, Annotated, Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar, cast
 from zlib import crc32
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 __all__ = [
     "BusyError",
     "ClosedError",
@@ -1188,6 +1195,9 @@ _DATABASE_SUFFIXES = {"database": "", "wal": "-wal", "shm": "-shm"}  # the files
 _REDB_MAGIC = b"redb\x1a\n\xa9\r\n"
 _MAX_LINE_BYTES = 2**31  # of an export; a record has at most 1,000,000,000 in the database
 _LINE_START_BYTES = 2**16  # of the first line, which are looked at before the rest is read
+# What a message about damage leads to: where the file can be opened, and where it cannot.
+_REPAIR = "run repair()"
+_MOVE_ASIDE = "move it aside with its -wal, and `restore` makes a new one of a backup"
 
 
 @contextmanager
@@ -1335,7 +1345,10 @@ def _identify_foreign_file(path: str) -> ForeignFileError | None:
         )
     if start == b"SQLite format 3\0":
         return None
-    return ForeignFileError(f"{path} is not an SQLite database; nothing was changed")
+    return ForeignFileError(
+        f"{path} is not an SQLite database; nothing was changed. If it was yours, its first page is"
+        f" lost: {_MOVE_ASIDE}"
+    )
 
 
 # ---- modes
@@ -1585,6 +1598,7 @@ _INCREMENTAL = 2  # the mode that gives unused pages back when asked
 _SET_AUTO_VACUUM = f"{_AUTO_VACUUM}={_INCREMENTAL}"
 _PAGE_SIZE = "PRAGMA page_size"
 _USER_VERSION = "PRAGMA user_version"
+_DATA_VERSION = "PRAGMA data_version"  # another one after each commit of another connection
 _RELEASE_PAGES = "PRAGMA incremental_vacuum({})"
 
 
@@ -1593,6 +1607,10 @@ _Parameters = tuple[Any, ...] | dict[str, Any]  # of a statement, by place or by
 
 class _NotSqliteError(DamagedError):
     """SQLite has refused the file (SQLITE_NOTADB): only such a file may be opened raw."""
+
+
+class _StatementError(StorageError):
+    """SQLite will not execute a statement, as for a collation that only another program has."""
 
 
 class _Connection(sqlite3.Connection):
@@ -1708,12 +1726,15 @@ def _byte_limit(limit: int) -> Callable[[_Row], bool]:
     return is_within
 
 
-_DAMAGED = "{path} is damaged ({error}): run check(), and restore a backup"
+_DAMAGED = f"{{path}} is damaged ({{error}}): {_REPAIR}"
+_UNREADABLE = f"{{path}} cannot be opened any more ({{error}}): {_MOVE_ASIDE}"
 _TOO_LARGE = "the record is larger than SQLite can store: 1,000,000,000 bytes as JSON"
 # By SQLite's primary result code (https://www.sqlite.org/rescode.html), or the exception's type.
 _ERRORS: dict[int | type[Exception], tuple[type[OperatorDbError], str]] = {
     sqlite3.SQLITE_CORRUPT: (DamagedError, _DAMAGED),
-    sqlite3.SQLITE_NOTADB: (_NotSqliteError, _DAMAGED),
+    sqlite3.SQLITE_NOTADB: (_NotSqliteError, _UNREADABLE),
+    sqlite3.SQLITE_ERROR: (_StatementError, "{path}: {error} ({name})"),
+    sqlite3.SQLITE_CONSTRAINT: (_StatementError, "{path}: {error} ({name})"),
     sqlite3.SQLITE_FULL: (StorageError, "{path}: the disk is full; nothing was stored"),
     sqlite3.SQLITE_READONLY: (StorageError, "{path} cannot be written ({error})"),
     sqlite3.SQLITE_CANTOPEN: (StorageError, "{path} cannot be opened: {reason}"),
@@ -1721,7 +1742,7 @@ _ERRORS: dict[int | type[Exception], tuple[type[OperatorDbError], str]] = {
     sqlite3.DataError: (InvalidRecordError, _TOO_LARGE),
     OverflowError: (InvalidRecordError, _TOO_LARGE),
     UnicodeEncodeError: (InvalidRecordError, "text must be valid Unicode, no lone surrogates"),
-    UnicodeDecodeError: (DamagedError, "{path} is damaged (its schema is not text)"),
+    UnicodeDecodeError: (DamagedError, f"{{path}} is damaged (its schema is not text): {_REPAIR}"),
     sqlite3.ProgrammingError: (ClosedError, "{path}: the connection is closed ({error})"),
 }
 
@@ -2082,7 +2103,7 @@ def _inspect_file(path: str, timeout: float) -> int | None:
         # SQLite would take it for a new database, and delete the log
         raise DamagedError(
             f"{path} is empty, and the -wal or -journal beside it is all that is left of it;"
-            " nothing was changed. Move both aside, and restore a backup"
+            " nothing was changed. Move both aside, and `restore` makes a new one of a backup"
         )
     # SQLite takes a file of one byte for an empty database, and would overwrite it
     if 0 < before.st_size < 512:
@@ -2098,7 +2119,8 @@ def _inspect_file(path: str, timeout: float) -> int | None:
             return _inspect_file(path, timeout)  # a checkpoint went on beneath an immutable read
         if isinstance(error, _NotSqliteError):
             raise _identify_foreign_file(path) or DamagedError(str(error)) from None
-        raise
+        # repair() needs an open database
+        raise DamagedError(str(error).replace(_REPAIR, _MOVE_ASIDE)) from None
 
 
 def _inspect_with_sqlite(path: str, timeout: float) -> int:
@@ -2110,9 +2132,7 @@ def _inspect_with_sqlite(path: str, timeout: float) -> int:
         version = _validate_schema(connection)
         whole = connection.pragma("page_count") * connection.pragma("page_size")
         if not _file_size(path + "-wal") and (size := _file_size(path)) < whole:
-            raise DamagedError(
-                f"{path} is cut short: {size} of {whole} bytes; move it aside, and restore a backup"
-            )
+            raise DamagedError(f"{path} is cut short: {size} of {whole} bytes; {_MOVE_ASIDE}")
         return version
 
 
@@ -2217,6 +2237,8 @@ def _migrate(
         _validate_schema(connection)  # nothing attached to an older file may live on in this one
         connection.query(_COMMIT)
         connection.checkpoint("TRUNCATE")  # close() would not report a full disk
+    except DamagedError as error:  # repair() needs an open database
+        raise DamagedError(str(error).replace(_REPAIR, _MOVE_ASIDE)) from None
     finally:
         connection.close()  # rolls back what was not committed
 
@@ -2437,6 +2459,10 @@ class _UnitOfWork:
         is_nested = self.ticket.in_callback.locked()
         with nullcontext() if is_nested else self.ticket.in_callback:
             return function(*arguments)
+
+
+class _OvertakenError(Exception):
+    """Others have committed since the snapshot that is to replace everything."""
 
 
 class _Store:
@@ -2971,11 +2997,14 @@ class _Store:
         connection.query(_BEGIN_WRITE, deadline=ticket.deadline)
         # a write by a -shm that others do not have would overwrite in the WAL what they commit
         self._verify_files()
+        self._raise_if_migrated(connection)
+        return time.monotonic()
+
+    def _raise_if_migrated(self, connection: _Connection) -> None:
         if connection.query(_USER_VERSION) != [(len(_MIGRATIONS),)]:
             raise NewerSchemaError(
                 f"{self.path} was migrated by a newer operator_db.py meanwhile: update"
             )
-        return time.monotonic()
 
     def _finish_commit(self, connection: _Connection, began: float) -> None:
         """Make sure that the file is still at its path; checkpoint if due; let others in.
@@ -3098,8 +3127,57 @@ class _Store:
         with suppress(OperatorDbError):  # it is committed, even if the checkpoint fails
             self.checkpoint()
 
+    def rebuild(
+        self, build: Callable[[_UnitOfWork], _Store], progress: Progress | None = None
+    ) -> bool:
+        """Replace everything by what `build` makes of a snapshot, unless others write meanwhile.
+
+        Others have the file open. Their commits must not be lost, and SQLite's backup takes the
+        write lock by itself, with its first step, and not before. So:
+
+        1. The writers of this object are held back, for they would be overtaken each time.
+        2. A snapshot is taken, and the file's `data_version` as this snapshot has it.
+        3. `build` makes another database of the snapshot.
+        4. The backup's first step takes the write lock, and copies one page.
+        5. Nobody can commit any more. If the `data_version` is another one now, somebody has: an
+           error in the backup's callback undoes the step, and the result is False.
+        6. The other pages follow; the last step commits.
+
+        A process that dies before the end of step 6 has changed nothing.
+        """
+        with self._writer_turn() as target, self.snapshot() as snapshot:
+            snapshot.read(_READ_ANYTHING)  # takes the snapshot
+            reader = self.require_active(snapshot.ticket)
+            self._raise_if_migrated(reader)
+            version = reader.query(_DATA_VERSION)
+            built = build(snapshot)
+            reader.rollback()  # from here on it sees what others commit
+
+            def watch(done: int, total: int) -> None:
+                if done == 1:
+                    self._verify_files()
+                    if reader.query(_DATA_VERSION) != version:
+                        raise _OvertakenError
+                if progress is not None:
+                    progress(done, total)
+
+            try:
+                with built.snapshot() as source:
+                    built._copy_snapshot(source, target, watch, pages_per_step=1)
+            except _OvertakenError:
+                return False
+            self._verify_files("; whether what was repaired is stored is uncertain")
+        with suppress(OperatorDbError):  # it is committed, even if the checkpoint fails
+            self.checkpoint()
+        return True
+
     def _copy_snapshot(
-        self, snapshot: _UnitOfWork, target: _Connection, progress: Progress | None
+        self,
+        snapshot: _UnitOfWork,
+        target: _Connection,
+        progress: Progress | None,
+        *,
+        pages_per_step: int = _PAGES_PER_STEP,
     ) -> None:
         """Copy all pages of a snapshot, step by step.
 
@@ -3121,7 +3199,7 @@ class _Store:
             if progress is not None:
                 progress(pages - remaining, pages)
 
-        options: _Json = {"pages": _PAGES_PER_STEP, "progress": watch, "sleep": _POLL_INTERVAL}
+        options: _Json = {"pages": pages_per_step, "progress": watch, "sleep": _POLL_INTERVAL}
         target.with_retries(partial(source.backup, target, **options))
 
     def size(self) -> int:
@@ -3447,6 +3525,37 @@ _INVALID_ROWS = (  # which we never write, and which comparing with text and num
     " OR typeof(status) NOT IN ('text', 'null') OR typeof(at) NOT IN ('integer', 'null')"
 )
 _ROW_NUMBERS = 'SELECT rowid FROM "{0}" INDEXED BY "{0}_status_at"'
+# What repair reads: the table alone, whatever its indexes say. `{1}` is one of these two. A page
+# of another table may be read as one of ours: a number there comes back as text.
+_WHOLE_ROW = "CAST(key AS TEXT), value, status, at, crc, rowid"
+_KEY_ALONE = "CAST(key AS TEXT), NULL, NULL, NULL, NULL, rowid"
+_SCAN = 'SELECT {1} FROM "{0}" NOT INDEXED WHERE rowid '
+_SCAN_AFTER = _SCAN + "> ? ORDER BY rowid LIMIT ?"
+_SCAN_AT = _SCAN + "= ?"
+_IS_STORED = (
+    'SELECT 1 FROM "{0}" WHERE rowid = ? UNION ALL SELECT 1 FROM "{0}" WHERE key = CAST(? AS TEXT)'
+)
+_INSERT_AT = (  # at the number that it had, for that is its place among those of the same age
+    'INSERT INTO "{0}"(rowid, key, value, status, at, crc) SELECT'
+    ' (SELECT ?1 WHERE NOT EXISTS (SELECT 1 FROM "{0}" WHERE rowid = ?1)),'
+    " CAST(?2 AS TEXT), CAST(?3 AS TEXT), CAST(?4 AS TEXT), ?5, ?6"
+    " WHERE TRUE ON CONFLICT(key) DO NOTHING"
+)
+_LET_SCHEMA_BE_WRITTEN = "PRAGMA writable_schema=ON"
+_SET_ROOT = "UPDATE sqlite_master SET rootpage = ? WHERE type = 'table' AND name = 'tasks'"
+_READ_SCHEMA_ANEW = "PRAGMA writable_schema=RESET"
+# Other programs' tables, from a file that is attached, so that no value goes through Python.
+_ATTACH = "ATTACH ? AS damaged"
+_SELECT_ATTACHED = "SELECT type, name, tbl_name, sql FROM damaged.sqlite_master"
+_INSERT_DEFINITION = (
+    "INSERT INTO sqlite_master(type, name, tbl_name, rootpage, sql) VALUES("
+    "CAST(? AS TEXT), CAST(? AS TEXT), CAST(? AS TEXT), 0, CAST(? AS TEXT))"
+)
+_COLUMNS = 'PRAGMA damaged.table_info("{0}")'  # those that are not computed
+_HAS_ROW_NUMBERS = 'SELECT rowid FROM main."{0}" LIMIT 0'
+_COPY_OTHER = (
+    'INSERT OR IGNORE INTO main."{0}"({1}) SELECT {1} FROM damaged."{0}" {2} LIMIT ? OFFSET ?'
+)
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -3661,12 +3770,10 @@ class Namespace(Generic[R]):
     def _get_ignoring_columns(self, record_id: str) -> R | None:
         """Return the record in the value alone; None if there is no row, or it is not readable."""
         key = self._key_prefix + _check_id(record_id)
-        for row in self._via.read(self._select_by_key, (key,)):
-            if (record := self._decode_value(row)) is not None:
-                return record
-        return None
+        rows = self._via.read(self._select_by_key, (key,))
+        return self._decode_ignoring_columns(rows[0]) if rows else None
 
-    def _decode_value(self, row: _Row) -> R | None:
+    def _decode_ignoring_columns(self, row: _Row) -> R | None:
         """Return the record in a row whose columns may be damaged; None if its value is, too.
 
         The checksum must be that of the columns which the value gives.
@@ -3749,7 +3856,7 @@ class Namespace(Generic[R]):
             for row in rows:
                 if row[0] <= last_key:  # a damaged key, which would lead round in circles
                     key = _truncated_repr(self._id_in(row[0]))
-                    raise DamagedError(f"{self.name}: index out of order at {key}")
+                    raise DamagedError(f"{self.name}: index out of order at {key}: {_REPAIR}")
                 last_key = row[0]
                 yield row
             if not rows:
@@ -3764,7 +3871,7 @@ class Namespace(Generic[R]):
         """Return the distinct statuses as they are stored, and None for records without one."""
         rows = self._via.read(_DISTINCT_STATUSES.format(self.name))
         if any(kind not in (b"text", b"null") for _, kind in rows):
-            raise DamagedError(f"{self.name} holds a status that is not text: run check()")
+            raise DamagedError(f"{self.name} holds a status that is not text: {_REPAIR}")
         return [*(status for status, _ in rows if status is not None), None]
 
     # ---- removing many
@@ -3849,7 +3956,7 @@ class Namespace(Generic[R]):
         """Remove a record that was found by its status and age; True."""
         if not self.within(unit).delete(record_id):
             key = _truncated_repr(self._key_prefix + record_id)
-            raise DamagedError(f"{key} is missing in an index of {self.name}: run check()")
+            raise DamagedError(f"{key} is missing in an index of {self.name}: {_REPAIR}")
         return True
 
     def _delete_newest(self, status: Any, limit: int) -> int:
@@ -3873,7 +3980,7 @@ class Namespace(Generic[R]):
         try:
             for (key,) in self._via.read(_INVALID_ROWS.format(self.name)):
                 shown = _truncated_repr((key or b"a row without a key").decode(errors="replace"))
-                yield f"{shown} in {self.name} has a column of a wrong type: not written by us"
+                yield f"{shown} in {self.name} has a column of a wrong type: {_REPAIR}"
         except DamagedError as error:
             unread = [f"{self.name}: {error}"]  # last: `list` raises the first, which names a key
         try:
@@ -4019,10 +4126,7 @@ class Namespace(Generic[R]):
             )
         key = row[0]
         name = key.decode(errors="replace") if isinstance(key, bytes) else str(key)
-        return DamagedError(
-            f"{_truncated_repr(name)} is damaged: {why}; delete it, store it again, or restore a"
-            " backup"
-        )
+        return DamagedError(f"{_truncated_repr(name)} is damaged: {why}; {_REPAIR}")
 
     def _id_in(self, key: bytes | None) -> str:
         """Return the id in a key as it is stored."""
@@ -4096,6 +4200,244 @@ class Namespace(Generic[R]):
                 return "unchanged"
         self._via.write(self._upsert, row)
         return "replaced"
+
+    # ---- rows, for repair
+
+    def _copy_whole_rows(self, target: _Store, progress: Progress | None) -> _Losses:
+        """Copy every row that is whole, and that can be reached, to the same table elsewhere.
+
+        The table is read up to a page that cannot be read. The index of the keys then tells what
+        was missed, and leads to the rows behind that page. `_copy_whole_rows_by_page` finds those
+        that nothing leads to.
+        """
+        losses = _Losses()
+        try:
+            for rows in _scan(self._via.read, self.name):
+                self._copy_rows(rows, target, losses)
+                if progress is not None:
+                    progress(losses.rows_seen, 0)
+        except DamagedError:
+            losses.is_table_read = False
+        try:
+            for key, row_number in self._walk(_WALK_KEYS, None):
+                if not self._is_stored(target, row_number, key):
+                    if row_number not in losses.keys:  # it was not seen in the table
+                        self._copy_row_at(row_number, target, losses)
+                    losses.keys[row_number] = key
+        except DamagedError:
+            losses.are_keys_read = False
+        return losses
+
+    def _copy_row_at(self, row_number: int, target: _Store, losses: _Losses) -> None:
+        """Copy the row of a number that an index tells of, if it can be read."""
+        rows: builtins.list[_Row] = []
+        with suppress(DamagedError):
+            rows = self._via.read(_SCAN_AT.format(self.name, _WHOLE_ROW), (row_number,))
+        losses.is_table_read &= bool(rows)
+        self._copy_rows(rows, target, losses)
+
+    def _copy_rows(self, rows: builtins.list[_Row], target: _Store, losses: _Losses) -> None:
+        """Copy those of some rows that are whole, unless the target has a record of their key."""
+        losses.rows_seen += len(rows)
+        with target.unit_of_work() if len(rows) > 1 else nullcontext(target) as unit:
+            for row in rows:
+                if whole := self._whole_row(row):
+                    unit.write(_INSERT_AT.format(self.name), (row[5], *whole))
+                else:
+                    losses.keys.setdefault(row[5], row[0])
+
+    def _whole_row(self, row: _Row) -> _Row | None:
+        """Return a row with the columns that its record gives; None if the record is damaged."""
+        try:
+            self._decode_row(row)
+        except DamagedError:
+            with suppress(InvalidRecordError):
+                return self._row_by_value(row)
+            return None
+        except InvalidRecordError:  # it is whole, and its class has changed since
+            pass
+        return row[:5]
+
+    def _row_by_value(self, row: _Row) -> _Row | None:
+        """Return a row with the columns that its value gives, if only its columns are damaged."""
+        record = self._decode_ignoring_columns(row)
+        return None if record is None else self._encode_row(record)
+
+    def _copy_row(self, row: _Row, row_number: int | None, target: _Store) -> bool:
+        """Copy a row that is whole, unless there is one with its key; return whether it was."""
+        return target.write(_INSERT_AT.format(self.name), (row_number, *row[:5])) > 0
+
+    def _rows_of(self, ids: Iterable[str] | None) -> Iterator[_Row]:
+        """Read the rows of some ids that there are, or all of them."""
+        if ids is None:
+            yield from self._walk(_WALK_ROWS, None)
+            return
+        for record_id in filter(_ID.is_valid, ids):
+            if row := self._read_row(record_id):
+                yield row
+
+    def _is_stored(self, target: _Store, row_number: int, key: bytes | None) -> bool:
+        """Whether a row was copied, by its number or by its key: an index may err in either."""
+        return bool(target.read(_IS_STORED.format(self.name), (row_number, key)))
+
+    def _ids_lost(self, losses: _Losses, target: _Store) -> dict[str, int]:
+        """Return the ids of the rows that were not copied, or what is known of them; by number."""
+        return {
+            self._id_in(key) if key else f"row {row_number}": row_number
+            for row_number, key in sorted(losses.keys.items())
+            if not self._is_stored(target, row_number, key)
+        }
+
+
+class _Losses:
+    """What repair has not found in a table."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, bytes | None] = {}  # by row number; some may have been found since
+        self.is_table_read = True  # every page of the rows could be read
+        self.are_keys_read = True  # every page of the index of the keys could be read
+        self.rows_seen = 0
+
+
+def _scan(read: Callable[..., list[_Row]], table: str) -> Iterator[list[_Row]]:
+    """Read a table in the order of the row numbers; raise where a page of it cannot be read.
+
+    Of a row whose own page is sound, and the rest of its value is not, the key alone is read.
+    """
+    place, limit, columns = -(2**63), 1000, _WHOLE_ROW
+    while True:
+        try:
+            sql = _SCAN_AFTER.format(table, columns)
+            rows = read(sql, (place, limit), byte_limit=_BATCH_BYTES)
+        except DamagedError:
+            if columns == _KEY_ALONE:
+                raise
+            if limit == 1:
+                columns = _KEY_ALONE
+            limit = 1  # row by row, up to the very one
+            continue
+        if not rows:
+            return
+        yield rows
+        if rows[-1][5] <= place:  # a damaged page, which would lead round in circles
+            raise DamagedError(f"row {rows[-1][5]} is out of order")
+        place = rows[-1][5]
+        if columns == _KEY_ALONE:
+            limit, columns = 1000, _WHOLE_ROW
+
+
+def _copy_whole_rows_by_page(
+    path: str,
+    namespaces: list[Namespace[Any]],
+    losses: dict[str, _Losses],
+    target: _Store,
+    progress: Progress | None,
+) -> None:
+    """Copy the rows of these namespaces that stand on any page of a file, whatever leads to it.
+
+    Key and checksum of each row vouch for it.
+    """
+    by_name = {each.name.encode(): each for each in namespaces}
+    with closing(_connect(path, 0)) as copy:
+        for rows in _rows_by_page(copy, progress):
+            found: dict[bytes, list[_Row]] = defaultdict(list)
+            for row in rows:
+                found[(row[0] or b"").partition(b":")[0]].append(row)
+            for name in found.keys() & by_name.keys():
+                namespace = by_name[name]
+                namespace._copy_rows(found[name], target, losses[namespace.name])
+
+
+def _rows_by_page(copy: _Connection, progress: Progress | None) -> Iterator[list[_Row]]:
+    """Read each page of a file as if it were a whole table.
+
+    SQLite finds a page of rows by the pages that lead to it alone; where these are damaged, the
+    schema is made to lead to it, in a transaction that is undone. A page that holds no rows is an
+    error, and one that leads to others gives their rows once more.
+    """
+    count = copy.pragma("page_count")
+    for page in range(2, count + 1):
+        try:
+            copy.query(_BEGIN_WRITE)
+            copy.query(_LET_SCHEMA_BE_WRITTEN)
+            copy.query(_SET_ROOT, (page,))
+            copy.query(_READ_SCHEMA_ANEW)
+            yield from _scan(copy.query, "tasks")
+        except (DamagedError, _StatementError):  # the latter where no schema may be written
+            pass
+        copy.rollback()
+        copy.query(_READ_SCHEMA_ANEW)
+        if progress is not None:
+            progress(page, count)
+
+
+def _copy_other_tables(source: str, path: str, names: list[str]) -> Iterator[str]:
+    """Copy what other programs keep in a file to another; yield what could not be copied.
+
+    Nothing that names one of our tables is copied: a trigger there would change what we write.
+    """
+    ours = [name.encode() for name in names]
+    with closing(_connect(path, 0)) as target:
+        target.query(_ATTACH, (source,))
+        found = _read_definitions(lambda _: target.query(_SELECT_ATTACHED), source)
+        made = {each[:3] for each in _read_definitions(target.query, path)}
+        for kind, name, table, sql in sorted(found, key=lambda each: each[0] != b"table"):
+            if (kind, name, table) in made or name.startswith(b"sqlite_"):
+                continue
+            try:
+                problem = _copy_other(target, ours, kind, name, table, sql)
+            except (DamagedError, _StatementError, UnicodeDecodeError) as error:
+                problem = str(error).removeprefix(f"{path}: ")  # which is soon gone
+            if problem:
+                shown = f"{kind.decode()} {_truncated_repr(name.decode(errors='replace'))}"
+                yield f"{shown} of another program is not copied whole: {problem}"
+
+
+def _copy_other(
+    target: _Connection, ours: list[bytes], kind: bytes, name: bytes, table: bytes, sql: bytes
+) -> str:
+    """Copy what another program has defined, a table with its rows; return what is in the way."""
+    is_active = kind in (b"trigger", b"view")
+    if table.lower() in ours or (is_active and any(each in sql.lower() for each in ours)):
+        return "it names one of our tables"
+    if is_active or sql.upper().startswith(b"CREATE VIRTUAL"):  # as VACUUM does, not executed
+        target.query(_LET_SCHEMA_BE_WRITTEN)
+        target.query(_INSERT_DEFINITION, (kind, name, table, sql))
+        target.query(_READ_SCHEMA_ANEW)
+        return ""
+    target.query(sql.decode())
+    is_whole = kind != b"table" or _copy_other_rows(target, name.decode())
+    return "" if is_whole else "some of its rows cannot be read"
+
+
+def _copy_other_rows(target: _Connection, table: str) -> bool:
+    """Copy the rows of another program's table; return whether all of them could be read."""
+
+    def quoted(name: str) -> str:
+        return name.replace('"', '""')
+
+    columns = [row[1].decode() for row in target.query(_COLUMNS.format(quoted(table)))]
+    names = ", ".join(f'"{quoted(name)}"' for name in columns)
+    orders = ["ORDER BY rowid", "ORDER BY rowid DESC"]
+    try:
+        target.query(_HAS_ROW_NUMBERS.format(quoted(table)))
+        if "rowid" not in map(str.lower, columns):
+            names = f"rowid, {names}"
+    except _StatementError:  # WITHOUT ROWID
+        orders = [""]
+    for order in orders:
+        statement = _COPY_OTHER.format(quoted(table), names, order)
+        offset, step = 0, 2**40
+        while step:  # halved until it is known how many rows can be read from this end
+            try:
+                target.query(statement, (step, offset))
+                if step == 2**40:
+                    return True
+                offset += step
+            except DamagedError:
+                pass
+            step //= 2
+    return False
 
 
 @dataclass(kw_only=True)
@@ -4172,6 +4514,20 @@ class _JsonNamespace(Namespace[Any]):
         self._decode_row(row)  # raises if it is damaged
         status = None if row[2] is None else row[2].decode()
         return {"key": row[0].decode(), "status": status, "at": row[3]}
+
+    def _row_by_value(self, row: _Row) -> _Row | None:
+        """Do as in other namespaces, as far as the declared fields stand in the JSON object."""
+        stored = self._stored_declaration()
+        if stored is None:
+            return None
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            document = json.loads(row[1])
+            status = document[stored.status] if stored.status else None
+            at = document[stored.at] if stored.at else None
+            key = self._key_prefix + document[stored.key]
+            whole = self._sealed_row(key, row[1].decode(), _status_text(status), at)
+            return whole if whole[4] == row[4] else None
+        return None
 
     def _decode_row(self, row: _Row, *, is_second_attempt: bool = False) -> Any:
         try:
@@ -4910,7 +5266,7 @@ class OperatorDb:
             if not entries._put(entry, if_absent=True):
                 raise DamagedError(
                     f"session_log:{_truncated_repr(log)} has more entries than its session expects:"
-                    " run check()"
+                    f" {_REPAIR}"
                 )
             length += 1
         return length
@@ -4922,10 +5278,7 @@ class OperatorDb:
         entries = self._log.within(unit).list(log, limit=last, newest_first=True)[::-1]
         first = 0 if last is None else max(0, length - last)
         if [entry.seq for entry in entries] != [*range(first, length)]:
-            raise DamagedError(
-                f"session_log:{_truncated_repr(log)} lacks entries: delete the session, or restore"
-                " a backup"
-            )
+            raise DamagedError(f"session_log:{_truncated_repr(log)} lacks entries: {_REPAIR}")
         return entries
 
     def _read_transcript(
@@ -5168,8 +5521,8 @@ class OperatorDb:
     def check(self, *, progress: Progress | None = None) -> list[str]:
         """Return what is wrong with the file, a line for each damaged page, record and log.
 
-        The list is empty if the file is sound. Reads everything, changes nothing, repairs nothing,
-        and goes on to the end whatever it finds.
+        The list is empty if the file is sound. Reads everything, changes nothing, and goes on to
+        the end whatever it finds. What it finds, `repair` mends.
         """
         custom: list[Namespace[Any]] = []
         with suppress(DamagedError):  # reported below
@@ -5378,6 +5731,22 @@ class OperatorDb:
         _restore(self, path, progress)
 
     @_timed
+    def repair(self, *, backup: _Path | None = None, progress: Progress | None = None) -> list[str]:
+        """Make a damaged database sound; return a line for each record that this changed.
+
+        A sound one is left as it is. Otherwise a new database is built of every record that can be
+        read, and put in place as one transaction, while others have the file open. The file as it
+        was is kept beside it, private, as `PATH.<time>.damaged`; the first line names it. The
+        others name what is lost or shortened. With a backup (what `restore` takes), records that
+        are lost come from it, as they were then, never over one that could be read. What others
+        commit meanwhile is not lost: repair begins anew, and raises BusyError after three times.
+        It takes room for three copies of the database. Raises StorageError where that is not there,
+        and when read-only, ConflictError inside a `transaction()` block, and DamagedError when the
+        backup is not sound.
+        """
+        return _repair(self, backup, progress)
+
+    @_timed
     def compact(self) -> int:
         """Rebuild the file without gaps; return how many bytes smaller it and its WAL are.
 
@@ -5513,10 +5882,11 @@ def _exposition(stats: DbStats) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ==== Transfer: export, import, backup, restore ===================================================
+# ==== Transfer: export, import, backup, restore, repair ===========================================
 
 _EXPORT_FORMAT = "operator_db/1"
 _EXPORTED_TABLES = ("config", "tasks", "sessions", "proofs")
+_REPAIR_ATTEMPTS = 3
 _PROTOTYPE_FIELDS = {"exported_at", "stats", "config", "tasks", "sessions"}
 _PROTOTYPE_TASK_FIELDS = {f.name for f in fields(TaskRecord)} - {"history"}
 
@@ -5553,12 +5923,32 @@ def _backup(db: OperatorDb, path: _Path, overwrite: bool, progress: Progress | N
 
 
 def _restore(db: OperatorDb, path: _Path, progress: Progress | None) -> None:
-    origin, progress = _absolute_path(path), _in_this_process(progress)
+    progress = _in_this_process(progress)
+    names = _custom_tables(db._store)
+    with _copy_of_backup(db, path) as (copied, origin):
+        # whoever has a namespace open that the backup lacks goes on with an empty one
+        for name in {*names, *_custom_tables(copied._store)}:
+            _JsonNamespace(copied._store, name, copied._declarations).create_table()
+            with suppress(DamagedError):
+                if declaration := db._declarations.get(name):
+                    copied._declarations.put(declaration, if_absent=True)
+        _raise_if_damaged(copied, origin, "nothing was restored from", progress)
+        if copied._store.read(_AUTO_VACUUM) != [(_INCREMENTAL,)]:
+            copied._store.vacuum()  # another program made it, and it would never shrink
+        db._store.copy_from(copied._store, progress)
+
+
+@contextmanager
+def _copy_of_backup(db: OperatorDb, path: _Path) -> Iterator[tuple[OperatorDb, str]]:
+    """Yield an opened copy of a backup, made beside a database, and the backup's path.
+
+    So what is checked is what is used.
+    """
+    origin = _absolute_path(path)
     if db._store.is_open_at(origin):
         raise InvalidRecordError(f"{origin} is this database itself")
     if not _file_exists(origin):
         raise StorageError(f"{origin}: there is no such backup")
-    names = _custom_tables(db._store)
     with (
         _translate_os_errors(f"cannot copy {origin}"),
         _temporary_file(db.path) as temporary,
@@ -5576,18 +5966,8 @@ def _restore(db: OperatorDb, path: _Path, progress: Progress | None) -> None:
             source.copy_to(temporary, None)
         if _inspect_file(temporary, db._store.timeout) != len(_MIGRATIONS):
             _migrate(temporary, db._store.timeout, final_path=origin, keep_snapshot=False)
-        # what is checked is what is restored
         with OperatorDb(temporary, durable=False) as copied:
-            # whoever has a namespace open that the backup lacks goes on with an empty one
-            for name in {*names, *_custom_tables(copied._store)}:
-                _JsonNamespace(copied._store, name, copied._declarations).create_table()
-                with suppress(DamagedError):
-                    if declaration := db._declarations.get(name):
-                        copied._declarations.put(declaration, if_absent=True)
-            _raise_if_damaged(copied, origin, "nothing was restored from", progress)
-            if copied._store.read(_AUTO_VACUUM) != [(_INCREMENTAL,)]:
-                copied._store.vacuum()  # another program made it, and it would never shrink
-            db._store.copy_from(copied._store, progress)
+            yield copied, origin
 
 
 def _raise_if_damaged(
@@ -5596,7 +5976,9 @@ def _raise_if_damaged(
     """Raise DamagedError if a copy of the database at a path is not sound."""
     problems = copied.check(progress=progress)
     if problems:
-        raise DamagedError(f"{outcome} {path}: {len(problems)} problems, the first: {problems[0]}")
+        raise DamagedError(
+            f"{outcome} {path}: {len(problems)} problems, {_REPAIR}; the first: {problems[0]}"
+        )
 
 
 @contextmanager
@@ -5606,6 +5988,190 @@ def _name_in_errors(path: str, *, instead_of: str) -> Iterator[None]:
         yield
     except OperatorDbError as error:
         raise type(error)(str(error).replace(instead_of, path)) from None
+
+
+# ---- repair
+
+
+def _repair(db: OperatorDb, backup: _Path | None, progress: Progress | None) -> list[str]:
+    db._store.raise_if_in_transaction("repair() cannot run")
+    if db._store.read_only:
+        raise StorageError(f"{db.path} was opened read-only")
+    if backup is not None:
+        backup = _absolute_path(backup)  # raises for what is no path
+    progress = _in_this_process(progress)
+    if not db.check(progress=progress):
+        return []
+    no_backup = nullcontext(None)
+    with no_backup if backup is None else _copy_of_backup(db, backup) as source:
+        if source is not None:
+            _raise_if_damaged(*source, "nothing was taken from", progress)
+        size = _file_size(db.path) + _file_size(db.path + "-wal")
+        _require_space(db.path, 3 * size, f"to repair {db.path}")
+        for _ in range(_REPAIR_ATTEMPTS):
+            lines = _repair_once(db, source, progress)
+            if lines is not None:
+                return lines
+            if not db.check(progress=progress):
+                return []  # it was repaired by who wrote to it
+    raise BusyError(f"{db.path}: others wrote to it each time that it was repaired; try again")
+
+
+def _repair_once(
+    db: OperatorDb, source: tuple[OperatorDb, str] | None, progress: Progress | None
+) -> list[str] | None:
+    """Repair a database, and return what was done; None if others wrote to it meanwhile."""
+    kept = f"{db.path}.{_now()}-{os.urandom(2).hex()}.damaged"
+    lines = [f"the file as it was is kept: {kept}"]
+    may_be_in_place = False
+
+    def report(done: int, total: int) -> None:
+        nonlocal may_be_in_place
+        may_be_in_place = 0 < total <= done + 1  # the next step commits
+        if progress is not None:
+            progress(done, total)
+
+    with (
+        _translate_os_errors(f"cannot repair {db.path}"),
+        _temporary_file(db.path) as temporary,
+        _name_in_errors(db.path, instead_of=temporary),
+        ExitStack() as stack,
+    ):
+
+        def build(snapshot: _UnitOfWork) -> _Store:
+            # a file of pages of another size could not be put in place
+            with closing(_connect(temporary, 0)) as empty:
+                empty.query(f"{_PAGE_SIZE}={snapshot.read(_PAGE_SIZE)[0][0]}")
+                _ensure_wal_mode(empty)
+            new = stack.enter_context(OperatorDb(temporary, durable=False))
+            lines.extend(_build_repaired(db, snapshot, new, source, kept, progress))
+            if problems := new.check(progress=progress):
+                raise DamagedError(
+                    f"{db.path} cannot be repaired, nothing was changed: {problems[0]}; `restore` a"
+                    " backup"
+                )
+            return new._store
+
+        try:
+            is_in_place = db._store.rebuild(build, report)
+        finally:
+            if not may_be_in_place:  # if it may be, what is kept is all that is left of the old one
+                with suppress(FileNotFoundError):
+                    os.unlink(kept)
+    return lines if is_in_place else None
+
+
+def _build_repaired(
+    db: OperatorDb,
+    snapshot: _UnitOfWork,
+    new: OperatorDb,
+    source: tuple[OperatorDb, str] | None,
+    kept: str,
+    progress: Progress | None,
+) -> Iterator[str]:
+    """Fill a new database with what can be read of a damaged one, and keep a copy of that."""
+    target = new._store
+    namespaces: list[Namespace[Any]] = [
+        *(db._namespaces[name] for name in _OUR_TABLES),
+        *db._custom_namespaces(snapshot),
+    ]
+    losses: dict[str, _Losses] = {}
+    for each in namespaces:
+        _JsonNamespace(target, each.name, new._declarations).create_table()
+        losses[each.name] = each.within(snapshot)._copy_whole_rows(target, progress)
+    with (
+        _write_atomically(kept, overwrite=False) as copy,
+        _name_in_errors(kept, instead_of=copy),
+    ):
+        with closing(_connect(copy, 0)) as copied:
+            db._store._copy_snapshot(snapshot, copied, progress)
+        unread = [each for each in namespaces if not losses[each.name].is_table_read]
+        if unread:
+            _copy_whole_rows_by_page(copy, unread, losses, target, progress)
+        yield from _copy_other_tables(copy, new.path, [each.name for each in namespaces])
+    for each in namespaces:
+        lost = each._ids_lost(losses[each.name], target)
+        are_all_known = losses[each.name].is_table_read or losses[each.name].are_keys_read
+        taken: set[str] = set()
+        if source is not None and each.name in (*_OUR_TABLES, *_custom_tables(source[0]._store)):
+            for record_id in _take_from_backup(each, source[0], new, lost, are_all_known):
+                taken.add(record_id)
+                key = _truncated_repr(f"{each.name}:{record_id}")
+                yield f"{key} is taken from {source[1]}, as it was then"
+        for record_id in lost:
+            if record_id not in taken:
+                yield f"{_truncated_repr(f'{each.name}:{record_id}')} is lost"
+        if not are_all_known:
+            yield f"{each.name}: records may be lost whose keys could not be read either"
+    yield from _mend_sessions(new)
+
+
+def _take_from_backup(
+    namespace: Namespace[Any],
+    source: OperatorDb,
+    new: OperatorDb,
+    lost: dict[str, int],
+    are_all_known: bool,
+) -> Iterator[str]:
+    """Copy records that are lost from a backup to the places that they had; yield their ids.
+
+    All that are not there are taken if nobody knows which are lost. An entry of a log is taken only
+    where the session is the one that it was said in.
+    """
+
+    def is_of_this_session(entry_id: str) -> bool:
+        session_id = entry_id.partition(":")[2].rpartition(":")[0]
+        then, now = (each._sessions.get(session_id) for each in (source, new))
+        return then is not None and now is not None and then.created_at == now.created_at
+
+    is_log = namespace.name == new._log.name
+    with source._store.snapshot() as snapshot:
+        for row in namespace.within(snapshot)._rows_of(lost if are_all_known else None):
+            record_id = namespace._id_in(row[0])
+            if is_log and not is_of_this_session(record_id):
+                continue
+            if namespace._copy_row(row, lost.get(record_id), new._store):
+                yield record_id
+
+
+def _mend_sessions(db: OperatorDb) -> Iterator[str]:
+    """Number the entries of each log anew, and make each session know how many it has.
+
+    A session that is lost is made from its log.
+    """
+    named = {log.partition(":")[2] for log in db._log.statuses()}
+    for session_id in sorted({*db._sessions.keys(), *named}):
+        with db._store.unit_of_work() as unit:
+            yield from _mend_session(db, unit, session_id)
+
+
+def _mend_session(db: OperatorDb, unit: _UnitOfWork, session_id: str) -> Iterator[str]:
+    sessions, log = db._sessions.within(unit), db._log.within(unit)
+    logs = {name: log.list(name) for name in _log_names(session_id)}
+    for entries in logs.values():
+        for number, entry in enumerate(entries):
+            if entry.seq != number:  # it is greater: what had this number is lost, or has moved
+                log.delete(entry.entry_id)
+                entry.seq = number
+                log._put(entry)
+    row = sessions.get(session_id)
+    if row is None:
+        times = [entry.timestamp for entries in logs.values() for entry in entries]
+        row = _StoredSession(
+            session_id=session_id,
+            active_task_ids=[],
+            created_at=min(times),
+            last_active=max(times),
+        )
+        yield f"sessions:{_truncated_repr(session_id)} is made from its log"
+        expected = [*map(len, logs.values())]
+    else:
+        expected = [row.transcript_entries, row.commands]
+    for (name, entries), length in zip(logs.items(), expected, strict=True):
+        if len(entries) != length:
+            yield f"session_log:{_truncated_repr(name)} has {len(entries)} entries, not {length}"
+    row.transcript_entries, row.commands = map(len, logs.values())
+    sessions._put(row)
 
 
 # ---- export
@@ -6180,6 +6746,11 @@ def _promises(folder: str) -> Iterator[str]:
         _expect_error(DamagedError, "tasks:kept", lambda: db.get_task("kept"))
         _expect(db.get_task("t1") and len(db.check()) == 1, "check() finds it, the rest is read")
     yield "damage is found, and named by its key"
+    with OperatorDb(path, durable=False) as db:
+        done = db.repair(backup=backup)
+        _expect(len(done) == 2 and db.check() == [], "the file is sound")
+        _expect(db.get_task("kept") and db.get_task("t1"), "all of its records can be read")
+    yield "repair keeps what can be read, and takes what is lost from a backup"
 
     foreign = os.path.join(folder, "foreign.db")
     for word, content in (("redb", _REDB_MAGIC + bytes(999)), ("not an SQLite", b"text" * 200)):
@@ -6243,7 +6814,7 @@ def self_check(db_path: _Path | None = None, *, as_json: bool = False) -> bool:
             found = "it cannot be opened"
             with OperatorDb(path, read_only=True) as db:
                 problems = db.check()
-                found = f"problems found: {len(problems)}"
+                found = f"problems found: {len(problems)}{_hint(problems)}"
                 found = f"{sum(db.stats().records.values()):,} records, {found}"
         elif is_path_given:
             found = "there is no database"
@@ -6673,12 +7244,16 @@ def _prune(db: OperatorDb, options: Any) -> int:
     return _print_facts(options, vars(report), text)
 
 
+def _hint(problems: list[str]) -> str:
+    """Return what to do about problems in a database that can be opened."""
+    return "; `repair` mends the file" if problems else ""
+
+
 @_command("read")
 def _check(db: OperatorDb, options: Any) -> int:
     """look for damage in every page and record
 
-    Prints a line for each problem. Changes and repairs nothing: a damaged record can be deleted or
-    stored again, or the database restored from a backup.
+    Prints a line for each problem, and changes nothing. What it finds, `repair` mends.
 
     check
     """
@@ -6686,10 +7261,27 @@ def _check(db: OperatorDb, options: Any) -> int:
         problems = db.check(progress=progress)
     lines = [
         *map(_terminal_safe, problems),
-        f"{_terminal_safe(db.path)}: problems found: {len(problems)}",
+        f"{_terminal_safe(db.path)}: problems found: {len(problems)}{_hint(problems)}",
     ]
     _print_facts(options, {"path": db.path, "problems": problems}, "\n".join(lines))
     return 1 if problems else 0
+
+
+@_command("write", "--from")
+def _repair_(db: OperatorDb, options: Any) -> Callable[[], int]:
+    """make a damaged database sound
+
+    Keeps every record that can be read, while the operator goes on, and prints a line for each that
+    is lost. The file as it was is kept beside it. With a backup, what is lost comes from that. A
+    sound database is left as it is.
+
+    repair --from operator-2026-03-27.db
+    """
+    with _progress("repair") as progress:
+        done = db.repair(backup=options.backup, progress=progress)
+    what = "it is sound now" if done else "it is sound, and was left as it is"
+    text = "\n".join(map(_terminal_safe, (*done, f"{db.path}: {what}")))
+    return partial(_print_facts, options, {"path": db.path, "done": done}, text)
 
 
 @_command("read", "DEST", "--overwrite")
@@ -6833,6 +7425,11 @@ def _parse_arguments(argv: list[str] | None) -> Any:
         "--proof-days": {**days, "help": "submitted proofs older than that (keep all)"},
         "--dry-run": {**flag, "help": "count, and change nothing"},
         "--overwrite": {**flag, "help": "replace DEST if it is there"},
+        "--from": {
+            "metavar": "BACKUP",
+            "dest": "backup",
+            "help": "take what is lost from a backup",
+        },
         "--evidence-hash": {
             "metavar": "HEX",
             "type": digits,

@@ -3199,6 +3199,7 @@ class LostFilesAreNoticed(DatabaseTest):
             lambda db: db.prune(dry_run=True),
             lambda db: db.prune(),
             lambda db: db.compact(),
+            lambda db: db.repair(),
             lambda db: db.restore(self.other),
             lambda db: store_tasks(db, "after"),
             lambda db: db.delete_task("nobody"),
@@ -3675,8 +3676,11 @@ class ThreadsAndProcessesTakeTurns(DatabaseTest):
                 other.check()
             self.assertEqual(opened, [])
 
+        def repair() -> None:
+            self.damage("tasks:u")
+            self.assertEqual(len(db.repair()), 2)
+
         def work() -> None:
-            db = OperatorDb(self.path)
             sys.addaudithook(watch)  # there for good: hence in a child
             store_tasks(db, "t", payload=bytes(50_000))
             for verb in (
@@ -3696,12 +3700,15 @@ class ThreadsAndProcessesTakeTurns(DatabaseTest):
                 partial(db.export, self.file),
                 partial(db.import_, self.file),
                 partial(store_tasks, db, "u"),
+                repair,
                 db.close,
             ):
                 verb()
                 self.assertEqual(opened, [], verb)
 
+        db = OperatorDb(self.path)
         in_child(work)
+        db.close()
 
 
 class CoroutinesNeverShareABlock(DatabaseTest):
@@ -5734,6 +5741,7 @@ class ReadOnlyChangesNothing(DatabaseTest):
             "import": lambda db: db.import_(self.file),
             "restore": lambda db: db.restore(self.other),
             "compact": lambda db: db.compact(),
+            "repair": lambda db: db.repair(),
         }
         with self.assert_bytes_unchanged(), OperatorDb(self.path, read_only=True) as db:
             for read in reads:
@@ -6542,6 +6550,747 @@ class DamageIsFoundAndNamed(DatabaseTest):
             self.assertIn("tasks:t3", "\n".join(db.check()))
             self.assertGreater(len(db.check()), 1, "the index is not found to be damaged")
             self.assert_refused(DamagedError, lambda: db.backup(self.beside("backup.db")))
+
+
+class DamageStopsOneRecord(DatabaseTest):
+    """repair() keeps every record that can be read, names each that is lost, and spares others."""
+
+    seconds = 30
+
+    def fill(self, tasks: int = 16) -> None:
+        """Make a database with some of everything, a backup of it, and remember its records."""
+        fill(self.path, tasks)
+        with OperatorDb(self.path) as db:
+            db.backup(self.other)
+            self.stored = dict(every_record(db))
+        self.image = read_bytes(self.path)
+        ((self.page_size,),) = self.sql("PRAGMA page_size")
+        self.roots = dict(self.sql("SELECT name, rootpage FROM sqlite_schema"))
+
+    def smash(self, *pages: int, content: Callable[[int], bytes] = bytes) -> None:
+        """Overwrite pages of the closed file, all others being what `fill` made them."""
+        image = bytearray(self.image)
+        for page in pages:
+            image[(page - 1) * self.page_size : page * self.page_size] = content(self.page_size)
+        write_bytes(self.path, image)
+
+    def clean(self) -> None:
+        """Remove the copies of damaged files."""
+        for name in self.kept():
+            os.unlink(name)
+
+    def kept(self) -> list[str]:
+        """Return the paths of the copies of damaged files."""
+        return [self.beside(name) for name in os.listdir(self.folder) if "damaged" in name]
+
+    def repair(self, **options: Any) -> tuple[list[str], set[tuple[str, str]]]:
+        """Repair the file; return the lines, and the keys of those that are not there any more."""
+        with OperatorDb(self.path, durable=False) as db:
+            lines = db.repair(**options)
+            self.assertEqual(db.check(), [])
+            found = dict(every_record(db))
+        self.assertIn("damaged", lines[0])
+        for key, record in found.items():
+            if record != self.stored.get(key) and record is not None:
+                self.assertEqual(key[0], "sessions", f"{key} is not what was stored")
+        self.clean()
+        return lines, {key for key in self.stored if found.get(key) is None}
+
+    def test_a_sound_database_is_left_as_it_is(self) -> None:
+        self.fill()
+        with self.assert_bytes_unchanged(), OperatorDb(self.path) as db:
+            self.assertEqual(db.repair(), [])
+            self.assertEqual(db.repair(backup=self.other), [])
+            self.assert_refused(InvalidRecordError, lambda: db.repair(backup="\0"), "path")
+
+    def test_a_damaged_record_of_any_table_is_lost_alone_or_comes_from_the_backup(self) -> None:
+        self.fill()
+        for key in ("tasks:t3", "proofs:t5", "config:operator", "tallies:one"):
+            namespace, _, record_id = key.partition(":")
+            damages = {
+                "checksum": "crc = crc + 1",
+                "value": "value = replace(value, ':', ';')",
+                "columns": "status = 'x', at = 77",
+            }
+            for label, damage in damages.items():
+                with self.subTest(key, damage=label):
+                    write_bytes(self.path, self.image)
+                    self.sql(f"UPDATE {namespace} SET {damage} WHERE key = ?", key)
+                    damaged = read_bytes(self.path)
+                    lines, lost = self.repair()
+                    if label == "columns":  # the record itself is whole
+                        self.assertEqual((lines[1:], lost), ([], set()))
+                        continue
+                    self.assertEqual(lost, {(namespace, record_id)})
+                    self.assertEqual((len(lines), key in lines[1]), (2, True), lines)
+                    write_bytes(self.path, damaged)
+                    lines, lost = self.repair(backup=self.other)
+                    self.assertEqual((len(lines), lost), (2, set()))
+                    self.assertIn(self.other, lines[1])
+
+    def test_records_of_a_class_that_this_process_knows_are_whole_beside_damaged_columns(
+        self,
+    ) -> None:
+        db = self.open()
+        devices_of(db).put(PairedDevice(device_id="d"))
+        self.sql("UPDATE devices SET key = 'devices:other', status = NULL, at = 5")
+        self.assertEqual(len(db.repair()), 1)
+        self.assertEqual(devices_of(db).list("paired"), [PairedDevice(device_id="d")])
+
+    def test_any_page_but_the_first_may_be_smashed(self) -> None:
+        self.fill(tasks=10)
+        number, rng, lost_in_all = len(self.image) // self.page_size, random.Random(12), 0
+        for page in range(2, number + 1):
+            content = bytes if page % 2 else rng.randbytes
+            on_page = self.image[(page - 1) * self.page_size : page * self.page_size]
+            named = re.findall(rb"(tasks|proofs|config|tallies|sessions):(\w+)", on_page)
+            keys = {(namespace.decode(), record_id.decode()) for namespace, record_id in named}
+            with self.subTest(page=page, zeros=content is bytes):
+                self.smash(page, content=content)
+                with OperatorDb(self.path) as db:
+                    if not db.check():  # a page that is not in use
+                        continue
+                lines, lost = self.repair()
+                self.assertTrue(lost <= keys or len(lost) == 1, "more is lost than was on the page")
+                for namespace, record_id in lost:
+                    if namespace != "sessions":
+                        self.assertIn(f"{namespace}:{record_id}", "\n".join(lines))
+                lost_in_all += len(lost)
+                if lost:
+                    self.smash(page, content=content)
+                    self.assertEqual(self.repair(backup=self.other)[1], set())
+        self.assertGreater(lost_in_all, 15)
+
+    def test_a_table_whose_root_is_lost_with_that_of_its_keys_is_found_page_by_page(self) -> None:
+        self.fill(tasks=60)
+        self.script("CREATE TABLE numbers(x, y); INSERT INTO numbers VALUES(5, 7.5), (NULL, x'00')")
+        self.image = read_bytes(self.path)
+        for table in ("tasks", "session_log", "proofs", "sessions", "config", "tallies"):
+            with self.subTest(table):
+                self.smash(self.roots[table], self.roots[f"sqlite_autoindex_{table}_1"])
+                lines, lost = self.repair()
+                if table in ("tasks", "session_log", "proofs"):  # their roots hold no rows
+                    self.assertEqual(lost, set(), lines)
+                self.assertIn(f"{table}: records may be lost", "\n".join(lines))
+                self.smash(self.roots[table], self.roots[f"sqlite_autoindex_{table}_1"])
+                self.assertEqual(self.repair(backup=self.other)[1], set())
+        content = random.Random(1).randbytes
+        for name in [name for name in self.roots if name.endswith(("_1", "_status_at"))]:
+            with self.subTest(name):
+                self.smash(self.roots[name], content=content)
+                self.assertEqual((self.repair()[0][1:], self.repair_again()), ([], []))
+
+    def repair_again(self) -> list[str]:
+        with OperatorDb(self.path) as db:
+            return db.repair()
+
+    def test_what_was_deleted_or_replaced_is_not_found_on_a_page_that_it_has_left(self) -> None:
+        with OperatorDb(self.path) as db:
+            store_tasks(db, *(f"t{n}" for n in range(90)), payload=b"old" * 300)
+            for n in range(0, 60, 2):
+                db.delete_task(f"t{n}")
+            store_tasks(db, *(f"t{n}" for n in range(30, 60)), payload=b"new" * 999)
+            for n in range(60, 90):
+                db.delete_task(f"t{n}")
+            wanted = exported(db)
+        self.image, self.page_size = read_bytes(self.path), 4096
+        self.roots = dict(self.sql("SELECT name, rootpage FROM sqlite_schema"))
+        self.smash(self.roots["tasks"], self.roots["sqlite_autoindex_tasks_1"])
+        with OperatorDb(self.path, durable=False) as db:
+            db.repair()
+            self.assertEqual(exported(db), wanted)
+
+    def test_a_record_whose_value_goes_on_on_a_smashed_page_hides_none_beside_it(self) -> None:
+        names = [f"t{n:02}" for n in range(60)]
+        with OperatorDb(self.path) as db:
+            for n, name in enumerate(names):
+                store_tasks(db, name, payload=bytes([n]) * (9000 if n % 3 == 0 else 9))
+        self.image, self.page_size = read_bytes(self.path), 4096
+        self.roots = dict(self.sql("SELECT name, rootpage FROM sqlite_schema"))
+        value = b64encode(bytes([30]) * 9000)[:4000]
+        page = self.image.index(value) // self.page_size + 1
+        roots = self.roots["tasks"], self.roots["sqlite_autoindex_tasks_1"]
+        for others in ((), roots[1:], roots):
+            with self.subTest(others=others):
+                self.smash(page, *others)
+                with OperatorDb(self.path, durable=False) as db:
+                    self.assertIn("tasks:t30' is lost", "\n".join(db.repair()))
+                    self.assertEqual(task_ids(db), [name for name in names if name != "t30"])
+
+    def test_row_numbers_that_are_damaged_never_lead_round_in_circles(self) -> None:
+        with OperatorDb(self.path) as db:
+            store_tasks(db, *(f"t{n:02}" for n in range(20)))
+        image = bytearray(read_bytes(self.path))
+        number = image.index(b"tasks:t19{") - 8  # before the header of that row
+        self.assertEqual(image[number], 20)
+        image[number] = 1
+        write_bytes(self.path, image)
+        with OperatorDb(self.path, durable=False) as db:
+            self.assertEqual((len(db.repair()), db.check()), (1, []))
+            self.assertEqual(len(task_ids(db)), 20)
+
+    def test_where_the_schema_may_not_be_written_the_keys_lead_past_a_smashed_page(self) -> None:
+        def forbid(*arguments: Any, **options: Any) -> sqlite3.Connection:
+            connection = connect(*arguments, **options)
+            connection.set_authorizer(
+                lambda action, name, *_: (
+                    sqlite3.SQLITE_IGNORE
+                    if (action, name) == (sqlite3.SQLITE_PRAGMA, "writable_schema")
+                    else sqlite3.SQLITE_OK
+                )
+            )
+            return connection
+
+        self.fill(tasks=60)
+        leaf = self.image.index(b"tasks:t20{") // self.page_size + 1
+        self.smash(leaf)
+        connect = sqlite3.connect
+        with mock.patch.object(sqlite3, "connect", forbid):
+            lines, lost = self.repair()
+        self.assertIn(("tasks", "t20"), lost)
+        self.assertLess(len(lost), 10)
+        self.assertEqual(len(lines), 1 + len(lost))
+
+    def test_a_damaged_freelist_or_pointer_map_loses_nothing(self) -> None:
+        with OperatorDb(self.path) as db:
+            store_tasks(db, *(f"t{n}" for n in range(60)), payload=bytes(3000))
+            for n in range(30, 60):
+                db.delete_task(f"t{n}")
+            wanted = exported(db)
+        self.image, self.page_size = read_bytes(self.path), 4096
+        first_free = int.from_bytes(self.image[32:36], "big")
+        self.assertGreater(first_free, 0)
+        for label, page in (("the freelist", first_free), ("the pointer map", 2)):
+            for content in (bytes, random.Random(2).randbytes):
+                with self.subTest(label, content=content):
+                    self.smash(page, content=content)
+                    with OperatorDb(self.path) as db:
+                        self.assertEqual(len(db.repair()), db.check() == [])
+                        self.assertEqual(exported(db), wanted)
+                        store_tasks(db, "new", payload=bytes(60_000))
+                        self.assertEqual(db.check(), [])
+
+    def test_what_remains_of_a_session_keeps_its_order_and_goes_on(self) -> None:
+        db = self.open()
+        for n in range(6):
+            db.append_transcript("s", "user", f"{n}", timestamp=10 + n)
+            db.append_command("s", f"c{n}")
+        db.link_task("s", "t")
+        db.backup(self.other)
+        whole = db.get_session("s")
+        log = "DELETE FROM session_log WHERE key IN ('session_log:transcript:s:{}', {!r})"
+        self.sql(log.format(0, "session_log:transcript:s:3"))
+        lines = "\n".join(db.repair())
+        self.assertRegex(lines, "transcript:s' has 4 entries, not 6")
+        db.append_transcript("s", "user", "6")
+        said = [entry.content for entry in db.transcript("s")]
+        self.assertEqual((said, db.transcript("s", last=2)[0].content), ([*"12456"], "5"))
+        self.sql("DELETE FROM sessions")
+        self.assertIn("sessions:'s' is made from its log", "\n".join(db.repair()))
+        made = db.get_session("s")
+        assert made is not None and whole is not None
+        self.assertEqual((made.created_at, len(made.command_history)), (11, 6))
+        self.sql("UPDATE sessions SET crc = 0")
+        self.damage("session_log:commands:s:2")
+        self.assertIn(
+            "sessions:s is taken",
+            "\n".join(map(repr, db.repair(backup=self.other))).replace("'", ""),
+        )
+        self.assertEqual(db.get_session("s").command_history, whole.command_history)  # type: ignore[union-attr]
+        self.sql("UPDATE session_log SET value = 'x'")
+        db.repair()
+        self.assertEqual(db.transcript("s"), [])
+        db.append_transcript("s", "user", "on")
+        self.assertEqual(db.check(), [])
+
+    def test_a_backup_never_brings_back_what_has_changed_or_gone_since(self) -> None:
+        db = self.open()
+        store_tasks(db, "changed", "gone", "damaged")
+        for name in ("deleted", "begun anew"):
+            db.append_transcript(name, "user", "old", timestamp=1)
+            db.append_transcript(name, "user", "older", timestamp=1)
+        db.backup(self.other)
+        db.update_task_status("changed", "in_progress")
+        db.delete_task("gone")
+        for name in ("deleted", "begun anew"):
+            db.delete_session(name)
+        db.append_transcript("begun anew", "user", "new", timestamp=2)
+        db.append_transcript("begun anew", "user", "newer", timestamp=2)
+        self.damage("tasks:damaged")
+        self.damage("session_log:transcript:begun anew:1")
+        lines = db.repair(backup=self.other)
+        self.assertEqual(task_ids(db), ["changed", "damaged"])
+        self.assertEqual(db.get_task("changed").status, "in_progress")  # type: ignore[union-attr]
+        self.assertEqual([each.content for each in db.transcript("begun anew")], ["new"])
+        self.assertEqual([each.session_id for each in db.list_sessions()], ["begun anew"])
+        self.assertEqual(sum(self.other in line for line in lines), 1, lines)
+
+    def test_the_file_as_it_was_is_kept_private_and_named(self) -> None:
+        self.fill()
+        self.damage("tasks:t3")
+        damaged = self.sql("SELECT * FROM tasks")
+        with OperatorDb(self.path) as db:
+            (kept, line) = db.repair()
+        path = self.kept()[0]
+        self.assertTrue(kept.endswith(path) and path.startswith(self.path), kept)
+        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+        self.assertEqual(self.sql("SELECT * FROM tasks", path=path), damaged)
+        self.assertIn("tasks:t3", line)
+
+    def test_records_keep_their_order(self) -> None:
+        db, names = self.open(), [f"{n * 7 % 30:02}" for n in range(30)]
+        store_tasks(db, *names, claimed_at=5)
+        db.delete_task(names.pop(3))
+        db.backup(self.other)
+        self.damage(f"tasks:{names[20]}")
+        db.repair(backup=self.other)
+        self.assertEqual([task.task_id for task in db.list_tasks()], names)
+        self.damage(f"tasks:{names.pop(10)}")
+        db.repair()
+        self.assertEqual([task.task_id for task in db.list_tasks()], names)
+
+    def test_others_who_have_the_file_open_go_on_with_the_repaired_one(self) -> None:
+        def go_on() -> int:
+            with OperatorDb(self.path) as db:
+                before = db.get_task("t0")
+                turn.wait()
+                turn.wait()
+                store_tasks(db, "from the other process")
+                return (before == db.get_task("t0")) + len(db.list_tasks())
+
+        self.fill()
+        self.damage("tasks:t3")
+        turn = multiprocessing.get_context("fork").Barrier(2, timeout=10)
+        process = Child(lambda _: go_on())
+        turn.wait()
+        with OperatorDb(self.path) as db, OperatorDb(self.path) as another:
+            tallies = tallies_of(another)
+            db.repair()
+            turn.wait()
+            self.assertEqual(process.result(), 1 + 16)
+            self.assertEqual((len(another.list_tasks()), tallies.count()), (16, 1))
+            store_tasks(another, "from the other object")
+        self.assert_sound()
+
+    def building(self) -> bool:
+        """Whether a repair has begun to build the new database."""
+        return bool(self.new_databases())
+
+    def new_databases(self) -> set[str]:
+        """Return the names of the databases that repairs are building."""
+        return {name for name in self.names() if re.fullmatch(r"operator\.db\.[\w-]+\.new", name)}
+
+    def test_what_another_commits_during_a_repair_is_kept_or_the_repair_is_given_up(self) -> None:
+        self.fill()
+        for label, times in (("once", 1), ("twice", 2), ("each time", 1000)):
+            for where in ("another object", "another process"):
+                with self.subTest(label, where=where), ExitStack() as stack:
+                    write_bytes(self.path, self.image)
+                    self.damage("tasks:t3")
+                    db = stack.enter_context(OperatorDb(self.path, durable=False))
+                    writer = stack.enter_context(OperatorDb(self.path, durable=False))
+                    told: list[str] = []
+                    attempts = set[str]()
+
+                    def write(*_: int) -> None:
+                        new = self.new_databases() - attempts  # noqa: B023
+                        if not new or len(attempts) >= times:  # noqa: B023
+                            return
+                        attempts.update(new)  # noqa: B023
+                        name = f"m{len(told)}"  # noqa: B023
+                        if where == "another object":  # noqa: B023
+                            store_tasks(writer, name)  # noqa: B023
+                        else:
+                            program = "with OperatorDb(sys.argv[1]) as db:"
+                            program += " db.store_task(TaskRecord(task_id=sys.argv[2]))"
+                            run_program(program, self.path, name)
+                        told.append(name)  # noqa: B023
+
+                    if times < 3:
+                        self.assertEqual(len(db.repair(progress=write)), 2)
+                        self.assertEqual(db.check(), [])
+                    else:
+                        self.assert_refused(BusyError, partial(db.repair, progress=write), "again")
+                        self.assertEqual(self.kept(), [])
+                        self.assertEqual(len(db.check()), 1)
+                    self.assertEqual(len(told), min(times, 3))
+                    for name in told:
+                        self.assertIsNotNone(db.get_task(name), "an acknowledged write is lost")
+                self.clean()
+                self.assertFalse(self.building())
+
+    def test_threads_that_write_through_the_same_object_do_not_hold_a_repair_up(self) -> None:
+        def write() -> None:
+            while not done.is_set():
+                store_tasks(db, name := f"h{next(numbers)}")
+                stored.append(name)
+
+        self.fill()
+        db, done, stored, numbers = self.open(), threading.Event(), list[str](), itertools.count()
+        self.damage("tasks:t3")
+        with in_background(write, write):
+            try:
+                self.assertEqual(len(db.repair()), 2)
+            finally:
+                done.set()
+        self.assertLessEqual(set(stored), set(task_ids(db)))
+        self.assertEqual(db.check(), [])
+
+    def test_writers_beside_repairs_lose_nothing(self) -> None:
+        """Threads of the same object wait; another process is seen, or holds the repair up."""
+
+        def write(say: Say) -> None:
+            with OperatorDb(self.path) as db:
+                for n in itertools.count():
+                    store_tasks(db, f"p{n}")
+                    say(n)
+
+        def write_here() -> None:
+            while not done.is_set():
+                store_tasks(db, f"h{len(here)}")
+                here.append(len(here))
+
+        self.fill()
+        db, done, here = self.open(), threading.Event(), list[int]()
+        child, repaired = Child(write), 0
+        child.line()
+        with in_background(write_here):
+            for _ in range(2):
+                self.damage("tasks:t3")
+                with suppress(BusyError):
+                    repaired += bool(db.repair(backup=self.other))
+            done.set()
+        said = [int(n) for n in child.kill()]
+        while not repaired:
+            repaired += bool(db.repair(backup=self.other))
+        self.assertEqual(db.check(), [])
+        names = set(task_ids(db))
+        self.assertLessEqual({f"p{n}" for n in range(max(said) + 1)}, names)
+        self.assertLessEqual({f"h{n}" for n in here}, names)
+
+    def test_of_two_processes_that_repair_at_once_one_does_it(self) -> None:
+        def repair() -> int:
+            with OperatorDb(self.path) as db:
+                turn.wait()
+                return len(db.repair(backup=self.other))
+
+        self.fill()
+        self.damage("tasks:t3")
+        turn = multiprocessing.get_context("fork").Barrier(2, timeout=10)
+        children = [Child(lambda _: repair()) for _ in range(2)]
+        self.assertEqual(sorted(child.result() for child in children), [0, 2])
+        self.assertEqual(len(self.kept()), 1)
+        with OperatorDb(self.path) as db:
+            self.assertEqual((db.check(), dict(every_record(db))), ([], self.stored))
+
+    def test_a_repair_that_is_killed_has_changed_nothing_or_all(self) -> None:
+        def repair(number: int, say: Say) -> int:
+            with OperatorDb(self.path) as db:
+                store_tasks(db, "acknowledged")
+                kill = number >= 0
+                with interrupt_at_call(number, kill=kill) as calls:
+                    db.repair()
+                    say("done")
+                    return calls()
+
+        self.fill()
+        self.smash(self.roots["session_log"])
+        image, rng, outcomes = read_bytes(self.path), random.Random(4), set()
+        total = Child(partial(repair, -1)).result()
+        numbers = [rng.randrange(1, total) for _ in range(10)] + [
+            total - n for n in range(1, 200, 20)
+        ]
+        for number in numbers:
+            self.clean()
+            for name in os.listdir(self.folder):
+                if name.endswith(("-wal", "-shm", ".new")):
+                    os.unlink(self.beside(name))
+            write_bytes(self.path, image)
+            said = Child(partial(repair, number)).last_words()
+            with self.subTest(number=number), OperatorDb(self.path) as db:
+                is_repaired = db.check() == []
+                self.assertTrue(is_repaired or not said)
+                self.assertFalse(is_repaired and not self.kept(), "what was damaged is gone")
+                outcomes.add(is_repaired)
+                db.repair()
+                self.assertEqual(db.check(), [])
+                self.assertIsNotNone(db.get_task("acknowledged"))
+                self.assertEqual(
+                    dict(every_record(db)).keys() - self.stored.keys(), {("tasks", "acknowledged")}
+                )
+        self.assertEqual(outcomes, {True, False})
+
+    def test_a_repair_without_room_changes_nothing(self) -> None:
+        def repair(size: int) -> bool:
+            with OperatorDb(self.path) as db:
+                with file_size_limit(size):
+                    try:
+                        db.repair()
+                    except StorageError as error:
+                        self.assertIn(self.path, str(error))
+                        self.assertNotIn(".new", str(error))
+                store_tasks(db, "room again")
+                return db.check() == []
+
+        self.fill()
+        self.damage("tasks:t3")
+        damaged, outcomes = read_bytes(self.path), set()
+        size = len(damaged)
+        for limit in (0, size // 3, size // 2, size - 4096, size, size + 40_000, size * 3):
+            write_bytes(self.path, damaged)
+            with self.subTest(limit=limit):
+                is_sound = in_child(partial(repair, limit))
+                outcomes.add(is_sound)
+                self.assertEqual(len(self.kept()), is_sound)
+                self.assertFalse(self.building())
+                with OperatorDb(self.path) as db:
+                    self.assertEqual(len(db.check()), not is_sound)
+                    self.assertIsNotNone(db.get_task("room again"))
+            self.clean()
+        self.assertEqual(outcomes, {True, False})
+        write_bytes(self.path, damaged)
+        usage = mock.Mock(free=size)
+        with OperatorDb(self.path) as db, mock.patch("shutil.disk_usage", return_value=usage):
+            self.assert_refused(StorageError, db.repair, self.path, "free space")
+        self.assertEqual(read_bytes(self.path), damaged)
+
+    def test_an_error_of_the_progress_function_is_passed_on_and_nothing_is_changed(self) -> None:
+        self.fill()
+        self.damage("tasks:t3")
+        calls = 0
+
+        def count(*_: int) -> None:
+            nonlocal calls
+            calls += 1
+
+        image = read_bytes(self.path)
+        with OperatorDb(self.path, durable=False) as db:
+            db.repair(progress=count)
+        self.clean()
+        write_bytes(self.path, image)
+        db = self.open()
+        for number in (0, calls // 2, calls - 9, calls - 3):
+            numbers = itertools.count()
+
+            def fail(*_: int) -> None:
+                if next(numbers) == number:  # noqa: B023
+                    raise TimeoutError("mine")
+
+            with self.subTest(number=number):
+                with self.assertRaisesRegex(TimeoutError, "mine"):
+                    db.repair(progress=fail)
+                self.assertEqual((len(db.check()), self.kept(), self.building()), (1, [], False))
+                store_tasks(db, "no lock is held")
+                db.delete_task("no lock is held")
+
+    def test_a_child_that_a_progress_function_forks_ends_there(self) -> None:
+        def fork(*_: int) -> None:
+            if self.building() and not statuses:
+                if not (child := os.fork()):
+                    return
+                statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+        statuses = list[int]()
+        self.fill()
+        self.damage("tasks:t3")
+        with OperatorDb(self.path) as db:
+            self.assertEqual(len(db.repair(progress=fork)), 2)
+            self.assertEqual((statuses, db.check()), ([os.EX_SOFTWARE], []))
+
+    def test_nothing_is_put_in_place_of_a_newer_schema_or_of_another_file(self) -> None:
+        self.fill()
+        self.damage("tasks:t3")
+        image = read_bytes(self.path)
+        with OperatorDb(self.path) as db:
+            self.sql("PRAGMA user_version = 99")
+            self.assert_refused(NewerSchemaError, db.repair, self.path)
+            self.assertEqual((self.sql("PRAGMA user_version"), self.kept()), ([(99,)], []))
+        write_bytes(self.path, image)
+        db = self.open()
+
+        def replace_file(*_: int) -> None:
+            if self.building() and os.stat(self.path).st_ino == first:
+                shutil.copy(self.other, self.file)
+                os.replace(self.file, self.path)
+
+        first = os.stat(self.path).st_ino
+        self.assert_refused(FileReplacedError, partial(db.repair, progress=replace_file), self.path)
+        self.assertEqual(self.kept(), [])
+        db.close()
+        self.assertEqual(content_of(self.path), content_of(self.other))
+
+    def test_a_repair_waits_for_another_process_until_its_timeout(self) -> None:
+        self.fill()
+        self.damage("tasks:t3")
+        child = holding_the_lock(self.path)
+        with OperatorDb(self.path, timeout=0.05) as db:
+            self.assert_refused(BusyError, db.repair, self.path)
+            self.assertEqual((self.kept(), self.building()), ([], False))
+        child.kill()
+        self.assertEqual(self.repair()[1], {("tasks", "t3")})
+
+    def test_a_repair_that_cannot_be_made_is_refused(self) -> None:
+        self.fill()
+        self.damage("tasks:t3")
+        self.damage("tasks:t4", path=self.other)
+        with OperatorDb(self.path, read_only=True) as looking:
+            self.assert_refused(StorageError, looking.repair, "read-only")
+        db, missing = self.open(), self.beside("missing.db")
+        with db.transaction():
+            self.assert_refused(ConflictError, db.repair, "outside the block")
+        for backup, error in (
+            (self.other, DamagedError),
+            (missing, StorageError),
+            (self.path, InvalidRecordError),
+            (self.folder, ForeignFileError),
+        ):
+            with self.subTest(backup=backup):
+                self.assert_refused(error, partial(db.repair, backup=backup), backup)
+                self.assertEqual((len(db.check()), self.kept(), self.building()), (1, [], False))
+
+    def test_what_other_programs_keep_in_the_file_is_copied_as_far_as_it_can_be_read(self) -> None:
+        self.fill()
+        self.script(
+            "CREATE TABLE notes(id INTEGER PRIMARY KEY, x, double AS (2 * id), y TEXT DEFAULT 'd');"
+            "CREATE INDEX notes_x ON notes(x); CREATE VIEW latest AS SELECT max(id) FROM notes;"
+            "CREATE TABLE plain(x); CREATE TABLE pairs(a TEXT, b, PRIMARY KEY(a, b)) WITHOUT ROWID;"
+            "CREATE TRIGGER noted AFTER INSERT ON plain BEGIN UPDATE notes SET y = 'n'; END;"
+            'CREATE TABLE "odd ""name"("rowid", "order");'
+            'INSERT INTO "odd ""name" VALUES(x\'00\', 1.5);'
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300)"
+            " INSERT INTO notes(id, x) SELECT i * 3, printf('%0300d', i) FROM n;"
+            "INSERT INTO plain SELECT x FROM notes; DELETE FROM plain WHERE rowid < 9;"
+            "INSERT INTO pairs SELECT id, y FROM notes;"
+        )
+        tables = ("notes", "plain", "pairs", 'odd "name', "latest")
+        select = 'SELECT {}* FROM "{}"'
+
+        def rows(table: str) -> list[Any]:
+            with_numbers = "rowid, " if table in ("notes", "plain") else ""
+            return self.sql(select.format(with_numbers, table.replace('"', '""')))
+
+        def schema() -> list[Any]:
+            query = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name"
+            return self.sql(query)
+
+        before, definitions = {table: rows(table) for table in tables}, schema()
+        self.image = read_bytes(self.path)
+        self.damage("tasks:t3")
+        self.assertEqual(self.repair()[1], {("tasks", "t3")})
+        self.assertEqual(
+            ({table: rows(table) for table in tables}, schema()), (before, definitions)
+        )
+        query = "SELECT pageno FROM dbstat WHERE name = 'notes' AND pagetype = 'leaf'"
+        try:
+            pages = [page for (page,) in self.sql(query)]
+        except sqlite3.OperationalError:
+            self.skipTest("this SQLite was built without dbstat")
+        self.image = read_bytes(self.path)
+        self.smash(pages[len(pages) // 2])
+        self.assertIn("'notes'", self.repair()[0][1])
+        left = rows("notes")
+        self.assertTrue(set(left) < set(before["notes"]) and len(left) > 280, len(left))
+        self.assertEqual(left, sorted(left))
+        self.assertEqual(rows("pairs"), before["pairs"])
+
+    def test_a_table_that_another_program_alone_can_make_is_named_and_stays_in_the_kept_file(
+        self,
+    ) -> None:
+        self.fill()
+        with closing(sqlite3.connect(self.path)) as other:
+            other.create_collation("theirs", lambda one, two: (one > two) - (one < two))
+            other.execute("CREATE TABLE notes(x COLLATE theirs)")
+            other.execute("CREATE INDEX notes_x ON notes(x)")
+            other.executemany("INSERT INTO notes VALUES(?)", [("a",), ("b",)])
+            other.commit()
+        self.damage("tasks:t3")
+        with OperatorDb(self.path) as db:
+            lines = db.repair()
+            self.assertEqual(dict(every_record(db)).keys() ^ self.stored.keys(), {("tasks", "t3")})
+        self.assertRegex(lines[1], "'notes'.*theirs")
+        self.assertRegex(lines[2], "'notes_x'")
+        self.assertNotIn(".new", "".join(lines))
+        self.assertEqual(self.sql("SELECT x FROM notes", path=self.kept()[0]), [("a",), ("b",)])
+
+    def test_a_trigger_that_was_planted_on_a_table_of_ours_is_left_out(self) -> None:
+        self.fill()
+        with OperatorDb(self.path) as db:
+            self.script(
+                "CREATE TRIGGER planted AFTER INSERT ON tallies BEGIN DELETE FROM proofs; END"
+            )
+            self.assertIn("planted", db.repair()[1])
+            self.assertEqual((db.check(), dict(every_record(db))), ([], self.stored))
+
+    def test_a_database_of_pages_of_another_size_is_repaired(self) -> None:
+        self.fill()
+        self.script("PRAGMA journal_mode = DELETE; PRAGMA page_size = 8192; VACUUM")
+        self.damage("tasks:t3")
+        self.assertEqual(self.repair()[1], {("tasks", "t3")})
+        self.assertEqual(self.sql("PRAGMA page_size"), [(8192,)])
+
+    def test_every_message_about_damage_leads_to_repair(self) -> None:
+        self.fill()
+        columns = {
+            "a record": "UPDATE tasks SET value = 'x'",
+            "its columns": "UPDATE tasks SET at = 5",
+            "a status": "UPDATE tasks SET status = x'00'",
+            "an entry": "DELETE FROM session_log WHERE at = 3",
+            "its session": "DELETE FROM sessions",
+        }
+        reads: tuple[Verb, ...] = (
+            lambda db: db.get_task("t0"),
+            OperatorDb.list_tasks,
+            lambda db: list(db.iter_tasks()),
+            lambda db: db.get_session("s0"),
+            lambda db: db.append_transcript("s0", "user", "x"),
+            lambda db: db.prune(),
+            lambda db: db.export(BytesIO()),
+            lambda db: db.backup(self.file),
+        )
+        for label, statement in columns.items():
+            write_bytes(self.path, self.image)
+            self.sql(statement)
+            refused = 0
+            with OperatorDb(self.path) as db:
+                for read in reads:
+                    with self.subTest(label), suppress(NotFoundError):
+                        try:
+                            read(db)
+                        except DamagedError as error:
+                            refused += 1
+                            self.assertIn("run repair()", str(error))
+            self.assertGreater(refused, 1)
+        for name in self.roots:
+            self.smash(self.roots[name])
+            with OperatorDb(self.path) as db:
+                for read in reads:
+                    with self.subTest(name):
+                        try:
+                            read(db)
+                        except DamagedError as error:
+                            self.assertIn("run repair()", str(error))
+            with suppress(FileNotFoundError):
+                os.unlink(self.file)
+
+    def test_a_file_that_cannot_be_opened_says_how_to_begin_anew(self) -> None:
+        self.fill()
+        rng = random.Random(3)
+        for label, image in (
+            ("no first page", bytes(self.page_size) + self.image[self.page_size :]),
+            ("a random one", rng.randbytes(self.page_size) + self.image[self.page_size :]),
+            ("no schema", self.image[:100] + bytes(3996) + self.image[self.page_size :]),
+            ("cut short", self.image[:-5000]),
+        ):
+            with self.subTest(label):
+                write_bytes(self.path, image)
+                opening = partial(OperatorDb, self.path)
+                with self.assertRaisesRegex(ValueError, "aside with its -wal.*`restore`"):
+                    opening()
+                self.assertNotIn("repair", str(self.assert_refused(OperatorDbError, opening)))
+        os.rename(self.path, self.path + ".aside")
+        self.assertEqual(run_main("--db-path", self.path, "restore", self.other)[0], 0)
+        with OperatorDb(self.path) as db:
+            self.assertEqual(dict(every_record(db)), self.stored)
 
 
 # ==== Export, import, backup, restore, compact ====================================================
@@ -7870,6 +8619,14 @@ class CommandsDoWhatTheApiDoes(CommandLineTest):
         self.assertEqual(content_of(self.path), before)
         self.printed("stats", "--prometheus", "-o", self.file)
         self.assertIn(b"\noperator_db_tasks{", read_bytes(self.file))
+        self.assertEqual(self.facts("repair"), {"path": self.path, "done": []})
+        self.assertIn("left as it is", self.printed("repair"))
+        self.damage("tasks:t3")
+        kept, line = self.facts("repair", "--from", self.other)["done"]
+        self.assertRegex(kept + line, rf"{self.path}.*damaged.*tasks:t3.*{self.other}")
+        self.assertEqual(content_of(self.path), before)
+        self.damage("tasks:t3")
+        self.assertRegex(self.printed("repair"), r"damaged\n.*tasks:t3.* lost\n.*sound")
         for command in ("prune", "compact", f"restore {self.other}", f"backup {self.file}2"):
             self.assertRegex(self.printed(*command.split()), r"\d")
 
@@ -8071,6 +8828,8 @@ class OutputIsMadeForPeople(CommandLineTest):
                 self.assertLess(len(on_screen(part)), columns)
         self.assertEqual(self.printed("export", "-o", self.file), "")
         self.assertRegex(self.on_terminal(80, "backup", self.other), r"^\rbackup\b[^\n]*%[^\n]*\n")
+        self.damage("tasks:t3")
+        self.assertRegex(self.on_terminal(80, "repair"), r"(?s)^\rrepair\b.*\d.*damaged.*sound")
 
 
 class InspectionChangesNothing(CommandLineTest):
