@@ -243,7 +243,7 @@ _ABSENT = cast(Any, None)  # the default of a field that is filled in when the r
 
 
 def _hint_at_milliseconds(value: object) -> str:
-    """Return what an error says of a value that is no time, but would be one in milliseconds."""
+    """Return a hint for an error if a value is a time in milliseconds, and none in seconds."""
     is_hinted = type(value) is int and not _TIME.is_valid(value) and _TIME.is_valid(value // 1000)
     return ", which looks like milliseconds" if is_hinted else ""
 
@@ -532,7 +532,7 @@ class _FieldType(NamedTuple):
     copy: Callable[[Any], Any] | None = None  # None where the values cannot be changed
     load: Callable[[Any], Any] | None = None  # decodes what was checked before; None: as `decode`
     has_secrets: bool = False  # whether it is, or holds, a record with secret fields
-    # adds to a new JSON value what the stored one holds beyond its records' fields, if it has any
+    # copies into a new JSON value the names of the stored one that no field has; None: no records
     keep_unknown: Callable[[Any, Any], None] | None = None
 
 
@@ -555,6 +555,8 @@ def _encode_part(value: Any) -> Any:
 
 
 # JSONEncoder.encode makes its encoder in C anew at every call, which takes as long as it works.
+# Its arguments: markers, default, encoder, indent, key separator, item separator, sort_keys,
+# skipkeys, allow_nan.
 _make_encoder: Any = json.encoder.c_make_encoder  # type: ignore[attr-defined]
 _encode_in_c = _make_encoder and _make_encoder(
     None, _encode_part, json.encoder.encode_basestring, None, ":", ",", False, False, False
@@ -569,8 +571,8 @@ _encode_in_python = json.JSONEncoder(
 
 
 def _encode_document(document: _Json) -> str:
-    """Return the values of a record, whole ones of Python's among them, as a JSON document."""
-    if _encode_in_c is None:  # there is no such encoder but in CPython
+    """Return as JSON text what `document_of` gives: `_encode_part` converts what JSON lacks."""
+    if _encode_in_c is None:  # only CPython has it
         return _encode_in_python(document)
     return "".join(_encode_in_c(document, 0))
 
@@ -758,29 +760,35 @@ def _list_of(inner: _FieldType) -> _FieldType:
 def _keep_unknown_in_list(keep: Callable[[Any, Any], None], stored: Any, new: Any) -> None:
     """Do as `_Codec.keep_unknown` for the records of two JSON arrays.
 
-    A record goes on from the stored one that has its very values, or else, where the arrays are
-    equally long, from the one in its place.
+    A new record takes over from the stored one that is equal in all names that both arrays have, or
+    else from the one in its place, unless that is another's.
     """
-    if type(stored) is not list:
+    if type(stored) is not list or type(new) is not list:
         return
-    left = dict(enumerate(stored))
-    unmatched = []
+    shared = _names_in(stored) & _names_in(new)
+
+    def values(record: _Json) -> str:
+        return _encode_json({name: record[name] for name in sorted(shared & record.keys())})
+
+    places: dict[str, deque[int]] = defaultdict(deque)
+    for place, record in enumerate(stored):
+        if type(record) is dict:
+            places[values(record)].append(place)
+    unmatched, matched = [], set()
     for place, record in enumerate(new):
-        candidates = (n for n in left if _has_values_of(left[n], record))
-        same = place if _has_values_of(left.get(place), record) else next(candidates, None)
-        if same is None:
-            unmatched.append(place)
+        if type(record) is dict and (same := places[values(record)]):
+            matched.add(same[0])
+            keep(stored[same.popleft()], record)
         else:
-            keep(left.pop(same), record)
-    if len(stored) == len(new):
-        for place in unmatched:
-            keep(left.get(place), new[place])
+            unmatched.append(place)
+    for place in unmatched:
+        if place < len(stored) and place not in matched:
+            keep(stored[place], new[place])
 
 
-def _has_values_of(stored: Any, new: Any) -> bool:
-    """Whether a stored JSON object holds every value of a new one."""
-    is_object = type(stored) is dict and type(new) is dict
-    return is_object and all(name in stored and stored[name] == new[name] for name in new)
+def _names_in(records: list[Any]) -> set[str]:
+    """Return the names that any of these JSON objects has."""
+    return {name for record in records if type(record) is dict for name in record}
 
 
 def _dict_of(inner: _FieldType) -> _FieldType:
@@ -806,7 +814,7 @@ def _dict_of(inner: _FieldType) -> _FieldType:
 
 
 def _keep_unknown_in_dict(keep: Callable[[Any, Any], None], stored: Any, new: Any) -> None:
-    for name in new if type(stored) is dict else ():
+    for name in new if type(stored) is dict and type(new) is dict else ():
         keep(stored.get(name), new[name])
 
 
@@ -881,13 +889,13 @@ class _Codec(Generic[R]):
             is_clear = [*former_names.values()].count(former) == 1
             if not _is_text(former) or former in self.field_types or not is_clear:
                 raise InvalidRecordError(
-                    f"{self.name}.{name}: 'was' must be a name that no field has or had, a str;"
-                    f" got {_truncated_repr(former)}"
+                    f"{self.name}.{name}: 'was' must be a str, and no other field's name now or"
+                    f" then; got {_truncated_repr(former)}"
                 )
         return former_names
 
     def is_former_name(self, former: str, name: str) -> bool:
-        """Whether a field had another name before."""
+        """Whether this is the name that the field is declared to have had."""
         return self._former_names.get(name) == former
 
     def copy(self, record: R) -> R:
@@ -979,7 +987,10 @@ class _Codec(Generic[R]):
     # ---- to JSON and back
 
     def document_of(self, record: R) -> _Json:
-        """Return the values of a record by their names, as `_encode_document` takes them."""
+        """Return the values of a record by their names, as `_encode_document` takes them.
+
+        It may be the record's own `__dict__`: do not change it.
+        """
         document: _Json | None = getattr(record, "__dict__", None)
         if document is None or tuple(document) != self._names:
             return dict(zip(self._names, self._get_values(record)[:-2], strict=True))
@@ -1019,11 +1030,7 @@ class _Codec(Generic[R]):
         values = tuple(document.values())
         if not self._passes_known_checks(values):
             self._validate_fields(values)
-        record = object.__new__(self.record_type)
-        vars(record).update(document)
-        if self._derives_fields:
-            cast(_CheckedRecord, record)._derive_fields()
-        return record
+        return self.from_checked(document)
 
     def load(self, document: Any) -> R:
         """Return the record that a JSON object describes, of which a valid record was made before.
@@ -1031,14 +1038,25 @@ class _Codec(Generic[R]):
         Unlike `from_json` it does not look at types and ranges again.
         """
         is_whole = type(document) is dict and tuple(document) == self._names
-        if not (is_whole and self._can_skip_constructor):
+        if not (is_whole and self._is_ours):
             return self.from_json(document)
         for name, load in self._loaders:
             document[name] = load(document[name])
-        return self.from_checked(document)
+        computed = [document[name] for name in self._computed]
+        record = self.from_checked(document)
+        for name, value in zip(self._computed, computed, strict=True):
+            self._raise_unless_computed(record, name, value)
+        return record
+
+    def _raise_unless_computed(self, record: R, name: str, value: Any) -> None:
+        if value != getattr(record, name):
+            raise ValueError(f"{self.name}.{name} does not follow from the other fields")
 
     def from_checked(self, values: _Json) -> R:
-        """Return one of our records; its values, all of them and in order, were checked before."""
+        """Return one of our records; its values, all of them and in order, were checked before.
+
+        The record keeps `values`, which the caller must not use again.
+        """
         record = object.__new__(self.record_type)
         object.__setattr__(record, "__dict__", values)  # also of a frozen dataclass
         if self._derives_fields:
@@ -1074,8 +1092,8 @@ class _Codec(Generic[R]):
         if not self._is_ours:
             self.validate(record)
         for name in self._computed:
-            if name in document and document[name] != getattr(record, name):
-                raise ValueError(f"{self.name}.{name} does not follow from the other fields")
+            if name in document:
+                self._raise_unless_computed(record, name, document[name])
         return record
 
     def keep_unknown(self, stored: Any, new: Any) -> None:
@@ -2058,7 +2076,7 @@ def _validate_table(definitions: list[_Definition], path: str, table: str) -> bo
         for kind, name, attached_to, sql in definitions
         if table_name in (name.lower(), attached_to.lower())
         or name == index_name
-        or (kind in (b"trigger", b"view") and table_name in sql.lower())
+        or (kind in (b"trigger", b"view") and table_name in _words(sql))
     }
     if found and found != wanted:
         kind, name, _ = min(wanted ^ found)
@@ -2067,6 +2085,11 @@ def _validate_table(definitions: list[_Definition], path: str, table: str) -> bo
             f"{path}: {what} is not as operator_db makes it; nothing was changed"
         )
     return bool(found)
+
+
+def _words(sql: bytes) -> set[bytes]:
+    """Return the words of an SQL text, a name in quotes among them, in lower case."""
+    return {*re.findall(rb"\w+", sql.lower())}
 
 
 def _tables_like_ours(query: Callable[..., list[_Row]]) -> list[str]:
@@ -3127,15 +3150,13 @@ class _Store:
         with suppress(OperatorDbError):  # it is committed, even if the checkpoint fails
             self.checkpoint()
 
-    def rebuild(
-        self, build: Callable[[_UnitOfWork], _Store], progress: Progress | None = None
-    ) -> bool:
+    def rebuild(self, build: Callable[[_UnitOfWork], _Store], progress: Progress) -> bool:
         """Replace everything by what `build` makes of a snapshot, unless others write meanwhile.
 
         Others have the file open. Their commits must not be lost, and SQLite's backup takes the
         write lock by itself, with its first step, and not before. So:
 
-        1. The writers of this object are held back, for they would be overtaken each time.
+        1. Writers of this object wait: each of their commits would make the attempt fail.
         2. A snapshot is taken, and the file's `data_version` as this snapshot has it.
         3. `build` makes another database of the snapshot.
         4. The backup's first step takes the write lock, and copies one page.
@@ -3158,8 +3179,7 @@ class _Store:
                     self._verify_files()
                     if reader.query(_DATA_VERSION) != version:
                         raise _OvertakenError
-                if progress is not None:
-                    progress(done, total)
+                progress(done, total)
 
             try:
                 with built.snapshot() as source:
@@ -3527,7 +3547,7 @@ _INVALID_ROWS = (  # which we never write, and which comparing with text and num
 _ROW_NUMBERS = 'SELECT rowid FROM "{0}" INDEXED BY "{0}_status_at"'
 # What repair reads: the table alone, whatever its indexes say. `{1}` is one of these two. A page
 # of another table may be read as one of ours: a number there comes back as text.
-_WHOLE_ROW = "CAST(key AS TEXT), value, status, at, crc, rowid"
+_ALL_COLUMNS = "CAST(key AS TEXT), value, status, at, crc, rowid"
 _KEY_ALONE = "CAST(key AS TEXT), NULL, NULL, NULL, NULL, rowid"
 _SCAN = 'SELECT {1} FROM "{0}" NOT INDEXED WHERE rowid '
 _SCAN_AFTER = _SCAN + "> ? ORDER BY rowid LIMIT ?"
@@ -3543,6 +3563,7 @@ _INSERT_AT = (  # at the number that it had, for that is its place among those o
 )
 _LET_SCHEMA_BE_WRITTEN = "PRAGMA writable_schema=ON"
 _SET_ROOT = "UPDATE sqlite_master SET rootpage = ? WHERE type = 'table' AND name = 'tasks'"
+_SELECT_ROOTS = "SELECT rootpage, tbl_name FROM sqlite_master WHERE rootpage > 0"
 _READ_SCHEMA_ANEW = "PRAGMA writable_schema=RESET"
 # Other programs' tables, from a file that is attached, so that no value goes through Python.
 _ATTACH = "ATTACH ? AS damaged"
@@ -3551,6 +3572,7 @@ _INSERT_DEFINITION = (
     "INSERT INTO sqlite_master(type, name, tbl_name, rootpage, sql) VALUES("
     "CAST(? AS TEXT), CAST(? AS TEXT), CAST(? AS TEXT), 0, CAST(? AS TEXT))"
 )
+_ALL_ROWS = 2**40  # more than any table has
 _COLUMNS = 'PRAGMA damaged.table_info("{0}")'  # those that are not computed
 _HAS_ROW_NUMBERS = 'SELECT rowid FROM main."{0}" LIMIT 0'
 _COPY_OTHER = (
@@ -3682,6 +3704,7 @@ class Namespace(Generic[R]):
                     f"{role}={each!r} is a secret field: keys and columns are shown"
                 )
         self._key_prefix, self._operation_prefix = name + ":", name + "."
+        self._key_prefix_bytes = self._key_prefix.encode()
         self._get_key = attrgetter(key)
         self._get_status = attrgetter(status) if status else None
         self._get_at = attrgetter(at) if at else None
@@ -3705,7 +3728,19 @@ class Namespace(Generic[R]):
             declarations = declarations.within(via)
         return declarations.get(self.name)
 
-    def secrets(self) -> frozenset[str] | None:
+    def _has_columns_of(self, stored: _Declaration) -> bool:
+        """Whether the rows have the columns that this namespace would give them."""
+        return stored.are_columns_current and (stored.status, stored.at) == self._fields[1:]
+
+    def _raise_unless_columns_current(self) -> None:
+        stored = self._stored_declaration()
+        if stored is not None and not self._has_columns_of(stored):
+            raise ConflictError(
+                f"{self.name} has the columns of another declaration (status={stored.status!r},"
+                f" at={stored.at!r}): call namespace() again, writable, and run one build only"
+            )
+
+    def _secret_names(self) -> frozenset[str] | None:
         """Return the names of the secret fields, former ones too; None where they are not known."""
         stored = self._stored_declaration()
         return self._codec.secret_names.union(stored.secrets if stored else ())
@@ -3781,7 +3816,9 @@ class Namespace(Generic[R]):
         with suppress(ValueError, TypeError, AttributeError):
             record = self._codec.decode(row[1])
             record_id, status, at = self._columns_of(record)
-            whole = self._sealed_row(self._key_prefix + record_id, row[1].decode(), status, at)
+            whole = self._row_with_checksum(
+                self._key_prefix + record_id, row[1].decode(), status, at
+            )
             if whole[4] == row[4]:
                 return record
         return None
@@ -3906,12 +3943,7 @@ class Namespace(Generic[R]):
         _check_days(days)
         if self._get_at is None:
             raise InvalidRecordError(f"{self.name} has no age: it was made without at=")
-        stored = self._stored_declaration()
-        if stored is not None and (stored.status, stored.at) != self._fields[1:]:
-            raise ConflictError(
-                f"{self.name} was declared with status={stored.status!r} and at={stored.at!r}"
-                " meanwhile: call namespace() again, and run one build only"
-            )
+        self._raise_unless_columns_current()
         before = _now() - int(days * 86400)
         statuses = self._stored_statuses() if status is None else [_status_text(status)]
         removed = 0
@@ -3974,8 +4006,13 @@ class Namespace(Generic[R]):
 
     # ---- what is wrong
 
-    def problems(self, progress: Progress | None = None) -> Iterator[str]:
-        """Find every record that cannot be read back, by its key; goes on to the end."""
+    def problems(
+        self, progress: Progress | None = None, *, is_damage_only: bool = False
+    ) -> Iterator[str]:
+        """Find every record that cannot be read back, by its key; goes on to the end.
+
+        With `is_damage_only`, not those that the class cannot take any more.
+        """
         found, unread = list[str](), list[str]()
         try:
             for (key,) in self._via.read(_INVALID_ROWS.format(self.name)):
@@ -3989,8 +4026,10 @@ class Namespace(Generic[R]):
                     progress(done, 0)
                 try:
                     self._decode_row(row)
-                except (DamagedError, InvalidRecordError) as error:
+                except DamagedError as error:
                     found.append(str(error))
+                except InvalidRecordError as error:
+                    found += [] if is_damage_only else [str(error)]
         except DamagedError:
             found = [*self._problems_by_index()]  # which finds the same again, and more
         yield from (*found, *unread)
@@ -4068,11 +4107,14 @@ class Namespace(Generic[R]):
                 ) from None
             raise  # by a signal handler
         _check_id(key)
-        _check_time(f"{self.name}: at=", at)
-        return self._sealed_row(self._key_prefix + key, value, status, at)
+        if (
+            self._declarations is not None
+        ):  # ours were checked as fields, by the version they are of
+            _check_time(f"{self.name}: at=", at)
+        return self._row_with_checksum(self._key_prefix + key, value, status, at)
 
     @staticmethod
-    def _sealed_row(
+    def _row_with_checksum(
         key: str, value: str, status: str | None, at: int | None
     ) -> tuple[str, str, str | None, int | None, int]:
         """Return a row with its checksum."""
@@ -4090,6 +4132,8 @@ class Namespace(Generic[R]):
         try:
             if _row_checksum(key, value, status, at) != crc:
                 raise ValueError("its checksum does not match")
+            if not key.startswith(self._key_prefix_bytes):
+                raise ValueError(f"it is no record of {self.name}")
             # at first without a look at types and ranges, for which the checksum vouches
             return self._codec.decode(value, was_checked=not is_second_attempt)
         except Exception as error:  # the constructor of a custom class may raise anything
@@ -4102,22 +4146,22 @@ class Namespace(Generic[R]):
                     while cause.__suppress_context__ and cause.__context__:
                         cause = cause.__context__
                     raise cause from None
-            if self._declarations is not None and self._is_as_written(row):
+            if self._declarations is not None and self._has_valid_checksum(row):
                 name = _truncated_repr(key.decode())
                 raise InvalidRecordError(
                     f"{name} is no {self.record_type.__name__} as that is now: {error}"
                 ) from None
-            raise self._unreadable(row, str(error)) from None
+            raise self._damage_error(row, str(error)) from None
 
-    @staticmethod
-    def _is_as_written(row: _Row) -> bool:
-        """Whether a row has its checksum."""
+    def _has_valid_checksum(self, row: _Row) -> bool:
+        """Whether a row has its checksum, and its key is one of this table."""
         key, value, status, at, crc = row[:5]
-        with suppress(TypeError):
-            return bool(_row_checksum(key, value, status, at) == crc)
+        with suppress(TypeError, AttributeError):
+            is_ours = key.startswith(self._key_prefix_bytes)
+            return bool(is_ours and _row_checksum(key, value, status, at) == crc)
         return False
 
-    def _unreadable(self, row: _Row, why: str) -> OperatorDbError:
+    def _damage_error(self, row: _Row, why: str) -> OperatorDbError:
         """Return the error for a row that is not what this module writes."""
         ((version,),) = self._via.read(_USER_VERSION)
         if version > len(_MIGRATIONS):  # migrated while it was open here
@@ -4142,17 +4186,27 @@ class Namespace(Generic[R]):
         for row in self._walk(_WALK_ROWS, None):
             with suppress(DamagedError):
                 record, key = self._decode_row(row), row[0].decode()
+                with suppress(Exception):  # a property may raise anything: reported below
+                    if _as_read(self._columns_of(record)[1:]) == row[2:4]:
+                        continue  # even with an age that could not be stored any more
                 try:
-                    _, status, at, *_ = self._encode_row(record)[1:]
+                    _, _, status, at, _ = self._encode_row(record)
                 except InvalidRecordError as error:
                     names = " and ".join(filter(None, self._fields[1:]))
                     raise InvalidRecordError(
                         f"{_truncated_repr(key)}, whose status and age {names} give: {error}"
                     ) from None
-                if _as_read((status, at)) != row[2:4]:
-                    unit.write(self._upsert, self._sealed_row(key, row[1].decode(), status, at))
+                unit.write(self._upsert, self._row_with_checksum(key, row[1].decode(), status, at))
 
     # ---- rows, for transfer
+
+    def _stored_document(self, record_id: str) -> _Json:
+        """Return a record's JSON object as it is stored; {} if there is none."""
+        row = self._read_row(record_id)
+        if row is None:
+            return {}
+        self._decode_row(row)  # raises if it is damaged
+        return cast(_Json, json.loads(row[1]))
 
     def _export_lines(self, secrets: frozenset[str]) -> Iterator[str]:
         """Walk the records as lines of an export, with `***` for the secret fields.
@@ -4172,7 +4226,7 @@ class Namespace(Generic[R]):
                 columns = "".join(f',"{name}":{_encode_json(value)}' for name, value in names)
             yield f'{{"namespace":"{self.name}"{columns},"record":{record}}}\n'
 
-    def _encode_document(
+    def _row_of_document(
         self, record_id: Any, status: Any, at: Any, document: _Json
     ) -> tuple[str, str, str | None, int | None, int]:
         """Return the row of a JSON object, with columns as another process derived them."""
@@ -4185,7 +4239,7 @@ class Namespace(Generic[R]):
                 "status must be text or null, at Unix seconds or null, the record plain JSON"
             )
         key = self._key_prefix + _check_id(record_id)
-        return self._sealed_row(key, _encode_json(document), status, at)
+        return self._row_with_checksum(key, _encode_json(document), status, at)
 
     def _insert_row(self, row: Iterable[Any]) -> bool:
         """Store a row unless there is one with its key; return whether it was stored."""
@@ -4203,11 +4257,11 @@ class Namespace(Generic[R]):
 
     # ---- rows, for repair
 
-    def _copy_whole_rows(self, target: _Store, progress: Progress | None) -> _Losses:
+    def _copy_intact_rows(self, target: _Store, progress: Progress | None) -> _Losses:
         """Copy every row that is whole, and that can be reached, to the same table elsewhere.
 
         The table is read up to a page that cannot be read. The index of the keys then tells what
-        was missed, and leads to the rows behind that page. `_copy_whole_rows_by_page` finds those
+        was missed, and leads to the rows behind that page. `_copy_intact_rows_by_page` finds those
         that nothing leads to.
         """
         losses = _Losses()
@@ -4221,9 +4275,9 @@ class Namespace(Generic[R]):
         try:
             for key, row_number in self._walk(_WALK_KEYS, None):
                 if not self._is_stored(target, row_number, key):
-                    if row_number not in losses.keys:  # it was not seen in the table
+                    if row_number not in losses.missing_keys:  # it was not seen in the table
                         self._copy_row_at(row_number, target, losses)
-                    losses.keys[row_number] = key
+                    losses.missing_keys[row_number] = key
         except DamagedError:
             losses.are_keys_read = False
         return losses
@@ -4232,21 +4286,22 @@ class Namespace(Generic[R]):
         """Copy the row of a number that an index tells of, if it can be read."""
         rows: builtins.list[_Row] = []
         with suppress(DamagedError):
-            rows = self._via.read(_SCAN_AT.format(self.name, _WHOLE_ROW), (row_number,))
+            rows = self._via.read(_SCAN_AT.format(self.name, _ALL_COLUMNS), (row_number,))
+        # an index names a row that the table does not give: look for it page by page
         losses.is_table_read &= bool(rows)
         self._copy_rows(rows, target, losses)
 
     def _copy_rows(self, rows: builtins.list[_Row], target: _Store, losses: _Losses) -> None:
         """Copy those of some rows that are whole, unless the target has a record of their key."""
         losses.rows_seen += len(rows)
-        with target.unit_of_work() if len(rows) > 1 else nullcontext(target) as unit:
+        with target.unit_of_work() as unit:
             for row in rows:
-                if whole := self._whole_row(row):
+                if whole := self._intact_row(row):
                     unit.write(_INSERT_AT.format(self.name), (row[5], *whole))
                 else:
-                    losses.keys.setdefault(row[5], row[0])
+                    losses.missing_keys.setdefault(row[5], row[0])
 
-    def _whole_row(self, row: _Row) -> _Row | None:
+    def _intact_row(self, row: _Row) -> _Row | None:
         """Return a row with the columns that its record gives; None if the record is damaged."""
         try:
             self._decode_row(row)
@@ -4261,14 +4316,17 @@ class Namespace(Generic[R]):
     def _row_by_value(self, row: _Row) -> _Row | None:
         """Return a row with the columns that its value gives, if only its columns are damaged."""
         record = self._decode_ignoring_columns(row)
-        return None if record is None else self._encode_row(record)
+        if record is None:
+            return None
+        record_id, status, at = self._columns_of(record)  # the value stays as it is
+        return self._row_with_checksum(self._key_prefix + record_id, row[1].decode(), status, at)
 
     def _copy_row(self, row: _Row, row_number: int | None, target: _Store) -> bool:
         """Copy a row that is whole, unless there is one with its key; return whether it was."""
         return target.write(_INSERT_AT.format(self.name), (row_number, *row[:5])) > 0
 
-    def _rows_of(self, ids: Iterable[str] | None) -> Iterator[_Row]:
-        """Read the rows of some ids that there are, or all of them."""
+    def _read_rows(self, ids: Iterable[str] | None) -> Iterator[_Row]:
+        """Read the rows of these ids, as far as they exist; all rows if `ids` is None."""
         if ids is None:
             yield from self._walk(_WALK_ROWS, None)
             return
@@ -4284,8 +4342,9 @@ class Namespace(Generic[R]):
         """Return the ids of the rows that were not copied, or what is known of them; by number."""
         return {
             self._id_in(key) if key else f"row {row_number}": row_number
-            for row_number, key in sorted(losses.keys.items())
-            if not self._is_stored(target, row_number, key)
+            for row_number, key in sorted(losses.missing_keys.items())
+            # by the key, where it is known: another row may have been found under the number
+            if not self._is_stored(target, -1 if key else row_number, key)
         }
 
 
@@ -4293,7 +4352,9 @@ class _Losses:
     """What repair has not found in a table."""
 
     def __init__(self) -> None:
-        self.keys: dict[int, bytes | None] = {}  # by row number; some may have been found since
+        self.missing_keys: dict[
+            int, bytes | None
+        ] = {}  # by row number; some may have been found since
         self.is_table_read = True  # every page of the rows could be read
         self.are_keys_read = True  # every page of the index of the keys could be read
         self.rows_seen = 0
@@ -4304,7 +4365,7 @@ def _scan(read: Callable[..., list[_Row]], table: str) -> Iterator[list[_Row]]:
 
     Of a row whose own page is sound, and the rest of its value is not, the key alone is read.
     """
-    place, limit, columns = -(2**63), 1000, _WHOLE_ROW
+    place, limit, columns = -(2**63), 1000, _ALL_COLUMNS
     while True:
         try:
             sql = _SCAN_AFTER.format(table, columns)
@@ -4323,10 +4384,10 @@ def _scan(read: Callable[..., list[_Row]], table: str) -> Iterator[list[_Row]]:
             raise DamagedError(f"row {rows[-1][5]} is out of order")
         place = rows[-1][5]
         if columns == _KEY_ALONE:
-            limit, columns = 1000, _WHOLE_ROW
+            limit, columns = 1000, _ALL_COLUMNS
 
 
-def _copy_whole_rows_by_page(
+def _copy_intact_rows_by_page(
     path: str,
     namespaces: list[Namespace[Any]],
     losses: dict[str, _Losses],
@@ -4338,8 +4399,9 @@ def _copy_whole_rows_by_page(
     Key and checksum of each row vouch for it.
     """
     by_name = {each.name.encode(): each for each in namespaces}
+    others = _pages_of_others(path, [each.name for each in namespaces])
     with closing(_connect(path, 0)) as copy:
-        for rows in _rows_by_page(copy, progress):
+        for rows in _rows_by_page(copy, others, progress):
             found: dict[bytes, list[_Row]] = defaultdict(list)
             for row in rows:
                 found[(row[0] or b"").partition(b":")[0]].append(row)
@@ -4348,7 +4410,48 @@ def _copy_whole_rows_by_page(
                 namespace._copy_rows(found[name], target, losses[namespace.name])
 
 
-def _rows_by_page(copy: _Connection, progress: Progress | None) -> Iterator[list[_Row]]:
+def _pages_of_others(path: str, names: list[str]) -> set[int]:
+    """Return the pages of a file that are not in use, or belong to other tables and indexes.
+
+    What looks like a row of ours there was deleted, or copied by another program. They are found by
+    what leads to them (https://www.sqlite.org/fileformat2.html, sections 1.5 and 1.6).
+    """
+    with closing(_connect(path, 0)) as copy:
+        roots = copy.query(_SELECT_ROOTS)
+        page_size = copy.pragma("page_size")
+    pages: set[int] = set()
+    with open(path, "rb") as file:
+
+        def number_at(place: int) -> int:
+            return int.from_bytes(page[place : place + 4], "big")
+
+        page = file.read(page_size)
+        trunk = number_at(32)
+        while trunk not in pages and trunk > 0:
+            pages.add(trunk)
+            file.seek((trunk - 1) * page_size)
+            page = file.read(page_size)
+            pages.update(number_at(8 + 4 * n) for n in range(min(number_at(4), page_size // 4 - 2)))
+            trunk = number_at(0)
+        below = [root for root, table in roots if table.decode(errors="replace") not in names]
+        while below:
+            number = below.pop()
+            file.seek(max(0, number - 1) * page_size)
+            page = file.read(page_size)
+            if number in pages or not page:
+                continue
+            pages.add(number)
+            if page[0] in (2, 5):  # it leads to others: one for each cell, and a last one
+                cells = (page[place : place + 2] for place in range(12, page_size, 2))
+                count = int.from_bytes(page[3:5], "big")
+                places = [int.from_bytes(cell, "big") for cell in islice(cells, count)]
+                below += [number_at(place) for place in (*places, 8)]
+    return pages
+
+
+def _rows_by_page(
+    copy: _Connection, others: set[int], progress: Progress | None
+) -> Iterator[list[_Row]]:
     """Read each page of a file as if it were a whole table.
 
     SQLite finds a page of rows by the pages that lead to it alone; where these are damaged, the
@@ -4357,6 +4460,8 @@ def _rows_by_page(copy: _Connection, progress: Progress | None) -> Iterator[list
     """
     count = copy.pragma("page_count")
     for page in range(2, count + 1):
+        if page in others:
+            continue
         try:
             copy.query(_BEGIN_WRITE)
             copy.query(_LET_SCHEMA_BE_WRITTEN)
@@ -4398,7 +4503,7 @@ def _copy_other(
 ) -> str:
     """Copy what another program has defined, a table with its rows; return what is in the way."""
     is_active = kind in (b"trigger", b"view")
-    if table.lower() in ours or (is_active and any(each in sql.lower() for each in ours)):
+    if table.lower() in ours or (is_active and _words(sql) & {*ours}):
         return "it names one of our tables"
     if is_active or sql.upper().startswith(b"CREATE VIRTUAL"):  # as VACUUM does, not executed
         target.query(_LET_SCHEMA_BE_WRITTEN)
@@ -4427,11 +4532,11 @@ def _copy_other_rows(target: _Connection, table: str) -> bool:
         orders = [""]
     for order in orders:
         statement = _COPY_OTHER.format(quoted(table), names, order)
-        offset, step = 0, 2**40
+        offset, step = 0, _ALL_ROWS
         while step:  # halved until it is known how many rows can be read from this end
             try:
                 target.query(statement, (step, offset))
-                if step == 2**40:
+                if step == _ALL_ROWS:
                     return True
                 offset += step
             except DamagedError:
@@ -4445,7 +4550,8 @@ class _Declaration(_CheckedRecord):
     """What `OperatorDb.namespace` was told of a custom namespace; it stands in `_namespaces`.
 
     `key`, `status` and `at` are the names of fields, `secrets` those of the secret ones, now or
-    ever.
+    ever. Rows that came from elsewhere may have the columns of another declaration: then
+    `are_columns_current` is False until `namespace()` brings them up to date.
     """
 
     name: Id
@@ -4453,31 +4559,34 @@ class _Declaration(_CheckedRecord):
     status: str | None = None
     at: str | None = None
     secrets: list[str] = field(default_factory=list)
+    are_columns_current: bool = True
 
 
 class _TimedNamespace(Namespace[R]):
     """A custom namespace; ours are timed by the methods of OperatorDb."""
 
-    def declare(self) -> None:
+    def _declare(self) -> None:
         """Make the table, its columns and its declaration what this namespace needs."""
-        if self.has_table() and self._declaration() == self._stored_declaration():
+        stored = self._stored_declaration()
+        if self.has_table() and self._wanted_declaration(stored) == stored:
             return
-        if self._store.read_only and self.has_table():
+        if self.has_table() and self._store.read_only:
+            self._raise_unless_columns_current()
             return
         self._store.raise_if_in_transaction("namespace() cannot make or change its table")
         with self._store.unit_of_work() as unit:
             part = self.within(unit)
-            stored, wanted = part._stored_declaration(), self._declaration(unit)
+            stored = part._stored_declaration()
+            wanted = self._wanted_declaration(stored)
             if not part.has_table():
                 part.create_table()
-            elif stored is None or (stored.status, stored.at) != (wanted.status, wanted.at):
+            elif stored is None or not self._has_columns_of(stored):
                 part._update_columns(unit)
             cast("Namespace[_Declaration]", self._declarations).within(unit).put(wanted)
 
-    def _declaration(self, unit: _UnitOfWork | None = None) -> _Declaration:
+    def _wanted_declaration(self, stored: _Declaration | None) -> _Declaration:
         """Return what is to be stored: these fields, and every secret that there ever was."""
         key, status, at = self._fields
-        stored = (self.within(unit) if unit else self)._stored_declaration()
         if stored and key != stored.key and not self._codec.is_former_name(stored.key, key):
             raise ConflictError(
                 f"{self.name} is stored by key={stored.key!r}: key={key!r} needs a new namespace"
@@ -4501,12 +4610,19 @@ class _JsonNamespace(Namespace[Any]):
         # the codec of any class without secrets will do: the methods below do not decode with it
         super().__init__(store, name, TranscriptEntry, key="role", declarations=declarations)
 
-    def secrets(self) -> frozenset[str] | None:
+    def _secret_names(self) -> frozenset[str] | None:
         """Return the names of the secret fields; None if the namespace was never declared."""
         stored = self._stored_declaration()
         return None if stored is None else frozenset(stored.secrets)
 
-    def columns_of(self, record_id: str) -> _Json | None:
+    def _doubt_columns(self) -> None:
+        """Let the next `namespace()` bring the columns up to date: rows came from elsewhere."""
+        stored = self._stored_declaration()
+        if stored is not None and self._declarations is not None:
+            declarations = self._declarations.within(cast(_UnitOfWork, self._via))
+            declarations.put(replace(stored, are_columns_current=False))
+
+    def _visible_columns(self, record_id: str) -> _Json | None:
         """Return what can be shown of a record whose secret fields are not known, or None."""
         row = self._read_row(record_id)
         if row is None:
@@ -4517,7 +4633,9 @@ class _JsonNamespace(Namespace[Any]):
 
     def _row_by_value(self, row: _Row) -> _Row | None:
         """Do as in other namespaces, as far as the declared fields stand in the JSON object."""
-        stored = self._stored_declaration()
+        stored = None
+        with suppress(DamagedError):  # the declaration may be damaged too
+            stored = self._stored_declaration()
         if stored is None:
             return None
         with suppress(ValueError, TypeError, KeyError, RecursionError):
@@ -4525,18 +4643,17 @@ class _JsonNamespace(Namespace[Any]):
             status = document[stored.status] if stored.status else None
             at = document[stored.at] if stored.at else None
             key = self._key_prefix + document[stored.key]
-            whole = self._sealed_row(key, row[1].decode(), _status_text(status), at)
+            whole = self._row_with_checksum(key, row[1].decode(), _status_text(status), at)
             return whole if whole[4] == row[4] else None
         return None
 
     def _decode_row(self, row: _Row, *, is_second_attempt: bool = False) -> Any:
+        if not self._has_valid_checksum(row):
+            raise self._damage_error(row, "its checksum does not match")
         try:
-            key, value, status, at, crc = row[:5]
-            if _row_checksum(key, value, status, at) != crc:
-                raise ValueError
-            return json.loads(value)
-        except (ValueError, TypeError, RecursionError):
-            raise self._unreadable(row, "its checksum does not match") from None
+            return json.loads(row[1])
+        except (ValueError, RecursionError):
+            raise self._damage_error(row, "it is not JSON") from None
 
 
 _UNTIMED: dict[type, type] = {_TimedNamespace: Namespace}  # a part of a timed call is not timed
@@ -4642,6 +4759,15 @@ def _parse_statuses(value: TaskStatus | str | Iterable[TaskStatus | str]) -> lis
     return statuses
 
 
+_DESCRIPTIVE_FIELDS = (
+    "payload",
+    "description",
+    "reward_lamports",
+    "reward_skr_tokens",
+    "creator",
+)
+
+
 def _begins_with(history: list[StatusChange], start: list[StatusChange]) -> bool:
     """Whether a history is another, or goes on from it."""
     return history[: len(start)] == start
@@ -4673,7 +4799,7 @@ def _is_stale(task: TaskRecord, stored: TaskRecord) -> bool:
     return _is_newly_made(task) and not is_later
 
 
-def _says_nothing_new(task: TaskRecord, stored: TaskRecord) -> bool:
+def _adds_nothing(task: TaskRecord, stored: TaskRecord) -> bool:
     """Whether all that a stale task says is stored or a default; the first claim's time stands.
 
     An operator that was restarted does things over: it may claim a task that it has completed.
@@ -4683,8 +4809,7 @@ def _says_nothing_new(task: TaskRecord, stored: TaskRecord) -> bool:
         return {None, of.on_chain_signature, *(change.signature for change in of.history)}
 
     default = TaskRecord(task_id=task.task_id)
-    rewards = ("reward_lamports", "reward_skr_tokens")
-    names = ("payload", "description", *rewards, "creator", "completed_at")
+    names = (*_DESCRIPTIVE_FIELDS, "completed_at")
     return (
         task.status in [change.status for change in stored.history]
         and signatures(task) <= signatures(stored)
@@ -4694,7 +4819,7 @@ def _says_nothing_new(task: TaskRecord, stored: TaskRecord) -> bool:
     )
 
 
-def _go_on_from(task: TaskRecord, stored: TaskRecord) -> None:
+def _continue_history(task: TaskRecord, stored: TaskRecord) -> None:
     """Make a task's history begin with what is stored, and end with the task's status.
 
     A completion or signature that is stored stays where the task has none.
@@ -4713,8 +4838,8 @@ def _append_present_status(task: TaskRecord, stored: TaskRecord | None = None) -
     """Make a task's history end with its status; return whether it grew.
 
     The new entry has the task's signature, unless that is the stored one, of an earlier move. A
-    move to completed sets `completed_at`. So does storing a task that is completed, as its history
-    shows already, over one that is not.
+    move to completed sets `completed_at`. So does storing a completed task whose history already
+    shows the completion over a task that is still claimed or in progress.
     """
     signature, grows = task.on_chain_signature, True
     if task.history:
@@ -4766,10 +4891,10 @@ class OperatorDb:
     """The operator's database: tasks, sessions, proofs, configuration, and namespaces of its own.
 
     `path` is the file (default: the environment's AGENC_DB_PATH, then ~/.agenc/operator.db),
-    created private to its owner when there is none, or, with `create=False`, a StorageError.
+    created private to its owner when there is none; with `create=False`, StorageError is raised.
     ":memory:" is a private temporary file, removed at close. `read_only` changes no record and no
     byte of the file. `timeout` is how many seconds a call waits for other threads and processes
-    before BusyError.
+    before BusyError. `progress` is called while an older file is migrated.
 
     Durability. A call that changes something returns after its commit, and that survives the death
     of the process at any later moment. With `durable=True` it has also been synced to the disk: it
@@ -4902,13 +5027,15 @@ class OperatorDb:
         status: str | None = None,
         at: str | None = None,
     ) -> Namespace[R]:
-        """Return the namespace of a record type of the operator's own, making its table if needed.
+        """Return the namespace of a record type of the operator's own; make or update its table.
 
         `name` is 1 to 48 lower-case letters, digits and underscores, a letter first. `key`,
         `status` and `at` name fields or properties of the dataclass: the id (str), what status
         queries look for (str, an enum of str, or bool), and what the age is counted from (Unix
-        seconds). Raises InvalidRecordError for a name or type that will not do, and ConflictError
-        where the table would have to be made inside a `transaction()`.
+        seconds). If `status` or `at` is not what the file has declared, every row's columns are
+        updated first. Raises InvalidRecordError for an unsuitable name or type, or a stored record
+        that the class cannot take; ConflictError for another `key` than the declared one, and where
+        the table would have to be made or changed inside a `transaction()`.
         """
         if not _is_namespace_name(name):
             raise InvalidRecordError(
@@ -4924,7 +5051,7 @@ class OperatorDb:
             at=at,
             declarations=self._declarations,
         )
-        namespace.declare()
+        namespace._declare()
         self._namespaces[name] = namespace
         return namespace
 
@@ -4957,7 +5084,7 @@ class OperatorDb:
             stored = self._get_unless_damaged(tasks, task.task_id)
             if stored is not None:
                 is_stale = _is_stale(task, stored)
-                if is_stale and _says_nothing_new(task, stored):
+                if is_stale and _adds_nothing(task, stored):
                     return stored
                 if is_stale or _moves_back(task, stored):
                     why = "is stale" if is_stale else f"moves it back to {task.status}"
@@ -4983,7 +5110,7 @@ class OperatorDb:
         if stored is None:
             _append_present_status(task)
         else:
-            _go_on_from(task, stored)
+            _continue_history(task, stored)
         tasks._put(task)
 
     @_timed
@@ -5001,7 +5128,7 @@ class OperatorDb:
         def change_and_go_on(stored: TaskRecord) -> TaskRecord:
             codec = _codec(TaskRecord)
             task = codec.take(change(codec.copy(stored)))
-            _go_on_from(task, stored)
+            _continue_history(task, stored)
             return task
 
         return self._tasks.update(task_id, change_and_go_on)
@@ -5404,16 +5531,21 @@ class OperatorDb:
         another signature.
         """
 
-        def change(log: VerificationLog) -> VerificationLog:
+        _check_id(signature, "signature")
+        with self._store.unit_of_work() as unit:
+            proofs = self._proofs.within(unit)
+            log = proofs.get(task_id)
+            key = _truncated_repr("proofs:" + task_id)
+            if log is None:
+                raise NotFoundError(f"there is no {key}")
             if log.submission_signature not in (None, signature):
-                raise ConflictError(
-                    f"proofs:{_truncated_repr(task_id)} was submitted by {log.submission_signature}"
-                )
-            return replace(
-                log, submitted=True, submission_signature=_check_id(signature, "signature")
-            )
-
-        return self._proofs.update(task_id, change)
+                raise ConflictError(f"{key} was submitted by {log.submission_signature}")
+            if log.submission_signature is None:
+                # not `replace`, which would check again what an earlier version stored
+                values = {**vars(log), "submitted": True, "submission_signature": signature}
+                log = _codec(VerificationLog).from_checked(values)
+                proofs._put(log)
+            return log
 
     @_timed
     def dispute_bundle(self, task_id: str) -> _Json:
@@ -5442,10 +5574,10 @@ class OperatorDb:
         given an empty configuration. For `change`, see `Namespace.update`.
         """
         with self._store.unit_of_work() as unit:
-            stored = self._config.within(unit)
-            config = stored.get(OperatorConfig.operator_id) or OperatorConfig()
+            configs = self._config.within(unit)
+            config = configs.get(OperatorConfig.operator_id) or OperatorConfig()
             config = _codec(OperatorConfig).take(unit.call(change, config))
-            stored._put(config)
+            configs._put(config)
             return config
 
     @_timed
@@ -5522,8 +5654,14 @@ class OperatorDb:
         """Return what is wrong with the file, a line for each damaged page, record and log.
 
         The list is empty if the file is sound. Reads everything, changes nothing, and goes on to
-        the end whatever it finds. What it finds, `repair` mends.
+        the end whatever it finds. What it finds, `repair` mends, but for records that the
+        operator's own class cannot take any more.
         """
+        return self._find_problems(progress)
+
+    def _find_problems(
+        self, progress: Progress | None, *, is_damage_only: bool = False
+    ) -> list[str]:
         custom: list[Namespace[Any]] = []
         with suppress(DamagedError):  # reported below
             custom = self._custom_namespaces()
@@ -5534,7 +5672,8 @@ class OperatorDb:
             total = sum(each.count() for each in namespaces) if progress else 0
         found += self._schema_problems([each.name for each in namespaces])
         for each in namespaces:
-            found += each.problems(_part_of(progress, done, total))
+            part = _part_of(progress, done, total)
+            found += each.problems(part, is_damage_only=is_damage_only)
             with suppress(DamagedError):
                 done += each.count() if progress else 0
         found += self._log_problems()
@@ -5725,8 +5864,9 @@ class OperatorDb:
 
         The backup is checked first. Other threads and processes that have the database open go on
         with the new content; namespaces that are here and not in the backup are empty then. It
-        takes room for a copy beside the database. Raises StorageError when there is no such file,
-        or it is of an older schema, DamagedError when it is not sound, and what opening it raises.
+        takes room for a copy beside the database, where a backup of an older version is migrated.
+        Raises StorageError when there is no such file, DamagedError when it is not sound, and what
+        opening it raises.
         """
         _restore(self, path, progress)
 
@@ -5734,15 +5874,16 @@ class OperatorDb:
     def repair(self, *, backup: _Path | None = None, progress: Progress | None = None) -> list[str]:
         """Make a damaged database sound; return a line for each record that this changed.
 
-        A sound one is left as it is. Otherwise a new database is built of every record that can be
-        read, and put in place as one transaction, while others have the file open. The file as it
-        was is kept beside it, private, as `PATH.<time>.damaged`; the first line names it. The
-        others name what is lost or shortened. With a backup (what `restore` takes), records that
-        are lost come from it, as they were then, never over one that could be read. What others
-        commit meanwhile is not lost: repair begins anew, and raises BusyError after three times.
-        It takes room for three copies of the database. Raises StorageError where that is not there,
-        and when read-only, ConflictError inside a `transaction()` block, and DamagedError when the
-        backup is not sound.
+        A sound database is left as it is, and the list is empty. Otherwise a new one is built of
+        every record that can be read, and put in place as one transaction, while others have the
+        file open. The file as it was is kept beside it, private, as `PATH.<time>.damaged`; the
+        first line names it, the others name what is lost or shortened. With a backup (what
+        `restore` takes), records that are lost come from it, as they were then, never over one that
+        could be read. What others commit meanwhile is not lost: repair starts again, and raises
+        BusyError after three attempts. Writes through this very object wait until it is done, and
+        get BusyError after `timeout`. It takes room for four copies of the database. Raises
+        StorageError if that is not there or the database is read-only, ConflictError inside a
+        `transaction()` block, and DamagedError when the backup is not sound.
         """
         return _repair(self, backup, progress)
 
@@ -5931,11 +6072,17 @@ def _restore(db: OperatorDb, path: _Path, progress: Progress | None) -> None:
             _JsonNamespace(copied._store, name, copied._declarations).create_table()
             with suppress(DamagedError):
                 if declaration := db._declarations.get(name):
-                    copied._declarations.put(declaration, if_absent=True)
+                    _add_secrets(copied, declaration)
         _raise_if_damaged(copied, origin, "nothing was restored from", progress)
         if copied._store.read(_AUTO_VACUUM) != [(_INCREMENTAL,)]:
             copied._store.vacuum()  # another program made it, and it would never shrink
         db._store.copy_from(copied._store, progress)
+
+
+def _add_secrets(copied: OperatorDb, here: _Declaration) -> None:
+    """Mask in a backup's copy what is secret here; its rows have the columns of its own time."""
+    then = copied._declarations.get(here.name) or replace(here, are_columns_current=False)
+    copied._declarations.put(replace(then, secrets=sorted({*then.secrets, *here.secrets})))
 
 
 @contextmanager
@@ -5977,7 +6124,8 @@ def _raise_if_damaged(
     problems = copied.check(progress=progress)
     if problems:
         raise DamagedError(
-            f"{outcome} {path}: {len(problems)} problems, {_REPAIR}; the first: {problems[0]}"
+            f"{outcome} {path} ({_REPAIR} on that): problems found: {len(problems)}, the first:"
+            f" {problems[0]}"
         )
 
 
@@ -6000,19 +6148,19 @@ def _repair(db: OperatorDb, backup: _Path | None, progress: Progress | None) -> 
     if backup is not None:
         backup = _absolute_path(backup)  # raises for what is no path
     progress = _in_this_process(progress)
-    if not db.check(progress=progress):
+    if not db._find_problems(progress, is_damage_only=True):
         return []
     no_backup = nullcontext(None)
     with no_backup if backup is None else _copy_of_backup(db, backup) as source:
         if source is not None:
             _raise_if_damaged(*source, "nothing was taken from", progress)
         size = _file_size(db.path) + _file_size(db.path + "-wal")
-        _require_space(db.path, 3 * size, f"to repair {db.path}")
+        _require_space(db.path, 4 * size, f"to repair {db.path}")
         for _ in range(_REPAIR_ATTEMPTS):
             lines = _repair_once(db, source, progress)
             if lines is not None:
                 return lines
-            if not db.check(progress=progress):
+            if not db._find_problems(progress, is_damage_only=True):
                 return []  # it was repaired by who wrote to it
     raise BusyError(f"{db.path}: others wrote to it each time that it was repaired; try again")
 
@@ -6078,7 +6226,7 @@ def _build_repaired(
     losses: dict[str, _Losses] = {}
     for each in namespaces:
         _JsonNamespace(target, each.name, new._declarations).create_table()
-        losses[each.name] = each.within(snapshot)._copy_whole_rows(target, progress)
+        losses[each.name] = each.within(snapshot)._copy_intact_rows(target, progress)
     with (
         _write_atomically(kept, overwrite=False) as copy,
         _name_in_errors(kept, instead_of=copy),
@@ -6087,7 +6235,7 @@ def _build_repaired(
             db._store._copy_snapshot(snapshot, copied, progress)
         unread = [each for each in namespaces if not losses[each.name].is_table_read]
         if unread:
-            _copy_whole_rows_by_page(copy, unread, losses, target, progress)
+            _copy_intact_rows_by_page(copy, unread, losses, target, progress)
         yield from _copy_other_tables(copy, new.path, [each.name for each in namespaces])
     for each in namespaces:
         lost = each._ids_lost(losses[each.name], target)
@@ -6126,12 +6274,18 @@ def _take_from_backup(
 
     is_log = namespace.name == new._log.name
     with source._store.snapshot() as snapshot:
-        for row in namespace.within(snapshot)._rows_of(lost if are_all_known else None):
+        for row in namespace.within(snapshot)._read_rows(lost if are_all_known else None):
             record_id = namespace._id_in(row[0])
             if is_log and not is_of_this_session(record_id):
                 continue
             if namespace._copy_row(row, lost.get(record_id), new._store):
                 yield record_id
+    if namespace.name not in _OUR_TABLES:
+        here = new._declarations.get(namespace.name)
+        then = source._declarations.get(namespace.name)
+        if here or then:
+            then = then or replace(cast(_Declaration, here), are_columns_current=False)
+            _merge_declaration(new._declarations, then)
 
 
 def _mend_sessions(db: OperatorDb) -> Iterator[str]:
@@ -6157,11 +6311,15 @@ def _mend_session(db: OperatorDb, unit: _UnitOfWork, session_id: str) -> Iterato
     row = sessions.get(session_id)
     if row is None:
         times = [entry.timestamp for entries in logs.values() for entry in entries]
-        row = _StoredSession(
-            session_id=session_id,
-            active_task_ids=[],
-            created_at=min(times),
-            last_active=max(times),
+        row = _codec(_StoredSession).from_checked(
+            {
+                "session_id": session_id,
+                "active_task_ids": [],
+                "created_at": min(times),
+                "last_active": max(times),
+                "transcript_entries": 0,
+                "commands": 0,
+            }
         )
         yield f"sessions:{_truncated_repr(session_id)} is made from its log"
         expected = [*map(len, logs.values())]
@@ -6213,7 +6371,7 @@ def _export(db: OperatorDb, file: _File, include_secrets: bool, progress: Progre
 
 def _known_secrets(namespace: Namespace[Any]) -> frozenset[str]:
     """Return the names of the secret fields; raise ConflictError if they are not known."""
-    secrets = namespace.secrets()
+    secrets = namespace._secret_names()
     if secrets is None:
         raise ConflictError(
             f"which fields of {namespace.name} are secret is not known until namespace() was called"
@@ -6359,6 +6517,7 @@ def _import(db: OperatorDb, file: _File, progress: Progress | None) -> dict[str,
     A staged line is the line itself, and the row to insert if its key is new.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
+    declared = set[str]()
     with _unnamed_file() as staged:
         total = 0
         for where, entry in _read_export(file, counts):
@@ -6373,11 +6532,16 @@ def _import(db: OperatorDb, file: _File, progress: Progress | None) -> dict[str,
         with db._store.unit_of_work() as unit:
             for done, staged_line in enumerate(staged, 1):
                 (where, entry), row = json.loads(staged_line)
+                if entry["namespace"] == "_namespaces":
+                    declared.add(entry["record"]["name"])
                 with _locate_errors(where):
                     namespace = _namespace_for(db, entry).within(unit)
-                    if namespace.name not in counts and not namespace.has_table():
-                        db._store.raise_if_in_transaction("import_() cannot create a table")
-                        namespace.create_table()
+                    if namespace.name not in counts:
+                        if not namespace.has_table():
+                            db._store.raise_if_in_transaction("import_() cannot create a table")
+                            namespace.create_table()
+                        if isinstance(namespace, _JsonNamespace) and namespace.name not in declared:
+                            namespace._doubt_columns()
                     counted = counts[namespace.name]
                     if row is not None and namespace._insert_row(row):
                         outcome = "added"
@@ -6438,13 +6602,13 @@ def _row_of_whole_entry(namespace: Namespace[Any], entry: _Json) -> _Row:
             raise ValueError("its history does not end with its status and its signature")
         return namespace._encode_row(record)
     # stored as it was written: a custom class may have changed since
-    row = namespace._encode_document(entry["key"], entry["status"], entry["at"], document)
+    row = namespace._row_of_document(entry["key"], entry["status"], entry["at"], document)
     if not isinstance(namespace, _JsonNamespace):
-        made = namespace._encode_row(namespace._codec.from_json(dict(document)))
-        if (made[0], *made[2:4]) != (row[0], *row[2:4]):
-            raise ValueError(
-                f"its key, status and age are not those of its record: {_truncated_repr(made[0])}"
-            )
+        # status and age as the class gives them now: it may have changed, or look at a clock
+        key, _, status, at, _ = namespace._encode_row(namespace._codec.from_json(dict(document)))
+        if key != row[0]:
+            raise ValueError(f"its key is not that of its record, {_truncated_repr(key)}")
+        row = namespace._row_with_checksum(key, row[1], status, at)
     return row
 
 
@@ -6454,7 +6618,7 @@ def _redacted_fields(namespace: Namespace[Any], entry: _Json) -> list[str]:
     They are those written as `***`, and of the configuration also those that are absent.
     """
     document = entry["record"]
-    secrets = sorted({*(namespace.secrets() or ()), *entry["withheld"]})
+    secrets = sorted({*(namespace._secret_names() or ()), *entry["withheld"]})
     redacted = []
     for name in secrets:
         with _locate_errors(f"{namespace.name}.{name}"):
@@ -6503,14 +6667,12 @@ def _merge_entry(
         session = _codec(SessionState).from_json_strictly(entry["record"])
         return _merge_session(db, unit, session)
     if namespace.name == "_namespaces":
-        return _merge_declaration(namespace, entry["record"])
+        return _merge_declaration(namespace, namespace._codec.from_json_strictly(entry["record"]))
     redacted = _redacted_fields(namespace, entry)
     if redacted:
         # a damaged record raises: what it holds is not given up for ***
-        stored = namespace.get(entry.get("key", OperatorConfig.operator_id))
-        if stored is not None and type(stored) is not dict:
-            stored = namespace._codec.to_json(stored)
-        entry["record"] = _fill_redacted(namespace, entry, redacted, stored or {})
+        stored = namespace._stored_document(entry.get("key", OperatorConfig.operator_id))
+        entry["record"] = _fill_redacted(namespace, entry, redacted, stored)
         if lacking := sorted(set(redacted) - entry["record"].keys()):
             raise ValueError(
                 f"{namespace.name}.{lacking[0]} is {_REDACTED}, and nothing is stored to keep"
@@ -6532,6 +6694,11 @@ def _merge_task(db: OperatorDb, namespace: Namespace[Any], row: _Row) -> str:
     """
     task = namespace._codec.from_json(json.loads(row[1]))
     stored = db._get_unless_damaged(namespace, task.task_id)
+    if stored is not None and task.history == stored.history:
+        default = TaskRecord(task_id=task.task_id)
+        for name in _DESCRIPTIVE_FIELDS:  # the file may be older than what fills them
+            if getattr(task, name) == getattr(default, name):
+                setattr(task, name, getattr(stored, name))
     if stored is not None and not _begins_with(task.history, stored.history):
         has_gone_on = _begins_with(stored.history, task.history)
         moved_later = stored.history[-1].at >= task.history[-1].at
@@ -6541,19 +6708,24 @@ def _merge_task(db: OperatorDb, namespace: Namespace[Any], row: _Row) -> str:
     return "unchanged" if task == stored else "replaced"
 
 
-def _merge_declaration(declarations: Namespace[_Declaration], document: _Json) -> str:
-    """Store a declaration, or unite the secrets of the one that is stored with it."""
-    given = declarations._codec.from_json_strictly(document)
+def _merge_declaration(declarations: Namespace[_Declaration], given: _Declaration) -> str:
+    """Store a declaration of rows that come from elsewhere; unite its secrets with those stored."""
     stored = declarations.get(given.name)
     if stored is None:
-        return "added" if declarations.put(given) else ""
-    if (stored.key, stored.status, stored.at) != (given.key, given.status, given.at):
+        declarations.put(given)
+        return "added"
+    if stored.key != given.key:
         raise ConflictError(
-            f"{given.name} has other key, status and age fields here: {stored.key!r},"
-            f" {stored.status!r}, {stored.at!r}, not {given.key!r}, {given.status!r}, {given.at!r}"
+            f"{given.name} is stored by key={stored.key!r} here, and by {given.key!r} there"
         )
-    secrets = sorted({*stored.secrets, *given.secrets})
-    declarations.put(replace(stored, secrets=secrets))
+    fields_there = (given.status, given.at, given.are_columns_current)
+    is_alike = fields_there == (stored.status, stored.at, True)
+    merged = replace(
+        stored,
+        secrets=sorted({*stored.secrets, *given.secrets}),
+        are_columns_current=stored.are_columns_current and is_alike,
+    )
+    declarations.put(merged)
     return "unchanged"
 
 
@@ -6840,8 +7012,8 @@ a scratch database, then look for problems in the operator's own.
 
 Inspection works beside a running operator, changes nothing and creates nothing. PATH is the file of
 --db-path, else of the environment's AGENC_DB_PATH, else ~/.agenc/operator.db. Secrets are shown as
-***; those of an operator's own namespaces are known to its code alone, and shown as they are. Exit
-status: 0 done, 1 failed or a problem found, 2 wrong usage."""
+***, those of an operator's own namespaces too, once it has declared them in this file. Exit status:
+0 done, 1 failed or a problem found, 2 wrong usage."""
 
 # ---- output
 
@@ -7140,10 +7312,10 @@ def _get(db: OperatorDb, options: Any) -> int:
     """
     name, _, record_id = options.key.partition(":")
     namespace = _find_namespace(db, name)
-    secrets = frozenset[str]() if options.include_secrets else namespace.secrets()
+    secrets = frozenset[str]() if options.include_secrets else namespace._secret_names()
     record: Any
     if secrets is None and isinstance(namespace, _JsonNamespace):
-        record = namespace.columns_of(record_id)
+        record = namespace._visible_columns(record_id)
     elif name == "sessions":
         record = db.get_session(record_id)
     else:

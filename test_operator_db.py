@@ -1701,8 +1701,21 @@ class ClassesChangeAndLoseNothing(DatabaseTest):
             thing.parts[1].raw = 9
             return thing
 
+        def change_and_append(thing: Any) -> Any:
+            thing.parts[0].raw = 7
+            thing.parts.append(Part(name="new"))
+            return thing
+
+        self.things(Old).update("a", change_and_append)
+        parts = [replace(parts[2], raw=7), parts[0], parts[1]]
+        found = self.things(New).get("a").parts
+        self.assertEqual(found, [*parts[:2], NewPart(name="new")])
+        self.things(Old).update("a", lambda thing: replace(thing, part=None))
+        self.assertIsNone(self.things(New).get("a").part)
+        parts = [parts[1], None, parts[0]]
         self.things(Old).update("a", change_in_place)
-        self.assertEqual(self.things(New).get("a").parts, [parts[2], replace(parts[0], raw=9)])
+        wanted_parts = [parts[2], replace(parts[0], raw=9), NewPart(name="new")]
+        self.assertEqual(self.things(New).get("a").parts, wanted_parts)
         old = self.things(Old)
         old.put(old.get("a"))
         self.assertEqual(self.things(New).get("a").added, {})
@@ -1762,6 +1775,31 @@ class ClassesChangeAndLoseNothing(DatabaseTest):
         moved()
         self.assertEqual(self.sql("SELECT count(status) FROM things"), [(40,)])
 
+    def test_rows_that_come_from_elsewhere_get_the_columns_of_today(self) -> None:
+        """From a backup or an export of an older build: status and age are not yet the new ones."""
+        now = int(time.time())
+        Thing = make_class(("state", str, "new"), ("seen", int, 5), ("touched", int, now))
+        columns = {"status": "state", "at": "touched"}
+        self.things(Thing, at="seen").put(Thing(name="a"))
+        with OperatorDb(self.path) as db:
+            db.backup(self.other)
+            db.export(self.file)
+        for label, bring in (
+            ("restore", lambda db: db.restore(self.other)),
+            ("import", lambda db: db.import_(self.file)),
+        ):
+            for is_declared in (False, True):
+                path = self.beside(f"{label} {is_declared}.db")
+                with self.subTest(label, is_declared=is_declared):
+                    with OperatorDb(path) as db:
+                        if is_declared:
+                            db.namespace("things", Thing, key="name", **columns)
+                    with OperatorDb(path) as db:
+                        bring(db)
+                    with OperatorDb(path) as db:
+                        things = db.namespace("things", Thing, key="name", **columns)
+                        self.assertEqual((things.prune(30), len(things.list("new"))), (0, 1))
+
     def test_another_key_is_refused_unless_it_is_the_same_field_renamed(self) -> None:
         Thing, Renamed = make_class(("other", str, "x")), make_class(("id", str, was("name")))
         self.things(Thing).put(Thing(name="a"))
@@ -1809,8 +1847,9 @@ class ClassesChangeAndLoseNothing(DatabaseTest):
 
     def read_with_other_columns(self, Thing: Any) -> None:
         with OperatorDb(self.path, read_only=True) as db:
-            things = db.namespace("things", Thing, key="name", status="state")
-            self.assertEqual(things.get("a"), Thing(name="a"))
+            self.assertEqual(db.namespace("things", Thing, key="name").get("a"), Thing(name="a"))
+            moved = partial(db.namespace, "things", Thing, key="name", status="state")
+            self.assert_refused(ConflictError, moved, "things", "writable")
 
 
 class ErrorsAreTyped(unittest.TestCase):
@@ -5307,6 +5346,18 @@ class SecretsAreNotShown(DatabaseTest):
             self.assertNotIn(SECRET.encode(), b"".join(exported(db, include_secrets=False)))
         self.assertIn("***", run_main("--db-path", self.path, "get", "things:a")[1])
 
+    def test_a_backup_from_before_a_field_was_secret_unmasks_nothing(self) -> None:
+        plain, secret = make_class(("token", str, "")), {"metadata": {"secret": True}}
+        Masked = make_class(("token", str, field(default="", **secret)))
+        with OperatorDb(self.path) as db:
+            db.namespace("things", plain, key="name").put(plain(name="a"))
+            db.backup(self.other)
+            things = db.namespace("things", Masked, key="name")
+            db.restore(self.other)
+            things.put(Masked(name="a", token=SECRET))
+        status, printed = run_main("--db-path", self.path, "get", "things:a")
+        self.assertEqual((status, SECRET in printed, "***" in printed), (0, False, True))
+
     def test_an_import_brings_what_is_secret_along_and_never_unmasks(self) -> None:
         plain, secret = make_class(("token", str, "")), {"metadata": {"secret": True}}
         Masked = make_class(("token", str, field(default="", **secret)))
@@ -5917,28 +5968,31 @@ class VersionOneMovesOn(DatabaseTest):
         self.assertEqual(devices_of(db).get("phone").token, "tok-phone")
 
     def test_a_time_in_milliseconds_that_version_1_stored_is_read(self) -> None:
-        changes = {
-            "tasks:t1": ("claimed_at", '"claimed_at":1,', '"claimed_at":1774627200000,'),
-            "session_log:transcript:s0:0": (
-                "timestamp",
-                '"timestamp":0',
-                '"timestamp":-70000000000',
-            ),
-        }
-        for key, (_, old, new) in changes.items():
+        now = 1774627200000
+        for key, name in (
+            ("tasks:t1", "claimed_at"),
+            ("sessions:s0", "last_active"),
+            ("session_log:transcript:s0:0", "timestamp"),
+            ("proofs:whole", "timestamp"),
+            ("devices:d", "last_seen"),
+        ):
             table = key.partition(":")[0]
-            ((value,),) = self.sql(f"SELECT value FROM {table} WHERE key = ?", key)
-            self.assertIn(old, value)
-            value = value.replace(old, new)
-            statement = f"UPDATE {table} SET value = ?, crc = ? WHERE key = ?"
-            self.sql(statement, value, crc32(value.encode()), key)
-        self.sql("UPDATE tasks SET at = 1774627200000 WHERE key = 'tasks:t1'")
+            ((value, at),) = self.sql(f"SELECT value, at FROM {table} WHERE key = ?", key)
+            value = re.sub(f'"{name}":-?[0-9]+', f'"{name}":{now}', value)
+            row = (value, crc32(value.encode()), at if table == "session_log" else now, key)
+            self.sql(f"UPDATE {table} SET value = ?, crc = ?, at = ? WHERE key = ?", *row)
         db = self.open()
         self.assertEqual(db.check(), [])
-        self.assertEqual(db.get_task("t1").claimed_at, 1774627200000)
-        self.assertEqual(db.transcript("s0")[0].timestamp, -70000000000)
-        change = partial(db.update_task_status, "t1", "disputed")
-        self.assert_refused(InvalidRecordError, change, "milliseconds")
+        self.assertEqual(devices_of(db).get("d").last_seen, now)
+        self.assertEqual(db.get_task("t1").claimed_at, now)
+        self.assertEqual(db.transcript("s0")[0].timestamp, now)
+        self.assertEqual(db.update_task_status("t1", "disputed").claimed_at, now)
+        db.append_transcript("s0", "user", "goes on")
+        self.assertEqual(db.get_proof("whole").timestamp, now)
+        self.assertTrue(db.mark_proof_submitted("whole", "sig").submitted)
+        self.damage("session_log:transcript:s0:1")
+        self.assertEqual(len(db.repair()), 3)
+        self.assertEqual((db.check(), db.get_session("s0").last_active), ([], now))
 
     def test_what_was_damaged_still_is_and_nothing_else(self) -> None:
         damages = {
@@ -6595,6 +6649,81 @@ class DamageStopsOneRecord(DatabaseTest):
                 self.assertEqual(key[0], "sessions", f"{key} is not what was stored")
         self.clean()
         return lines, {key for key in self.stored if found.get(key) is None}
+
+    def test_a_page_of_another_table_in_place_of_ours_is_no_record_of_ours(self) -> None:
+        """A write that went to the wrong place: a leaf of `proofs` stands where tasks were."""
+        fill(self.path, tasks=30)
+        with OperatorDb(self.path) as db:
+            for n in range(30):
+                db.store_proof(proof(f"t{n}", b"out%d" % n))
+            db.backup(self.other)
+            tasks = {task.task_id: task for task in db.iter_tasks()}
+        leaves = dict[str, int]()
+        for name, page in self.sql(
+            "SELECT name, pageno FROM dbstat WHERE pagetype = 'leaf' ORDER BY pageno DESC"
+        ):
+            leaves[name] = page
+        image = bytearray(read_bytes(self.path))
+        ((size,),) = self.sql("PRAGMA page_size")
+        there, here = ((leaves[name] - 1) * size for name in ("proofs", "tasks"))
+        image[here : here + size] = image[there : there + size]
+        for backup in (None, self.other):
+            write_bytes(self.path, image)
+            with self.subTest(backup=backup), OperatorDb(self.path, durable=False) as db:
+                lines = db.repair(backup=backup)
+                self.assertEqual(db.check(), [])
+                found = {task.task_id: task for task in db.list_tasks()}
+                self.assertEqual({**tasks, **found}, tasks, "no other task, and none changed")
+                lost = tasks.keys() - found.keys()
+                self.assertEqual(bool(lost), backup is None)
+                for task_id in lost:
+                    self.assertTrue(any(f"'tasks:{task_id}' is lost" in line for line in lines))
+            self.clean()
+
+    def test_nothing_comes_back_that_another_program_copied_or_freed(self) -> None:
+        with OperatorDb(self.path) as db:
+            store_tasks(db, *map(str, range(200)), payload=bytes(200))
+        self.sql("CREATE TABLE archive AS SELECT * FROM tasks")  # with the keys of then
+        with OperatorDb(self.path) as db:
+            for n in range(200):
+                db.update_task_status(str(n), "completed")
+            for n in range(0, 200, 5):
+                db.delete_task(str(n))
+        ((page, size),) = self.sql(
+            "SELECT pageno, pgsize FROM dbstat WHERE name = 'tasks' AND pagetype = 'leaf' LIMIT 1"
+        )
+        image = bytearray(read_bytes(self.path))
+        image[(page - 1) * size : page * size] = bytes(size)
+        write_bytes(self.path, image)
+        with OperatorDb(self.path, durable=False) as db:
+            lines = db.repair()
+            found = {task.task_id: task.status for task in db.iter_tasks()}
+        self.assertEqual({*found.values()}, {TaskStatus.COMPLETED})
+        self.assertEqual([n for n in range(0, 200, 5) if str(n) in found], [])
+        self.assertEqual(len(found) + sum("is lost" in line for line in lines), 160)
+
+    def test_a_record_whose_class_has_changed_is_no_damage_and_its_value_stays(self) -> None:
+        New = make_class(("state", str, "a"), ("extra", str, ""))
+        Old, Strict = make_class(("state", str, "a")), make_class(("must", int))
+        with OperatorDb(self.path) as db:
+            things = db.namespace("things", New, key="name", status="state")
+            things.put(New(name="a", extra="precious"))
+        with OperatorDb(self.path) as db:
+            db.namespace("things", Old, key="name", status="state")
+            self.sql("UPDATE things SET status = 'x'")
+            self.assertEqual(len(db.repair()), 1)
+        self.clean()
+        with OperatorDb(self.path) as db:
+            self.assertEqual(
+                db.namespace("things", New, key="name", status="state").get("a").extra, "precious"
+            )
+        with OperatorDb(self.path) as db:
+            other = db.namespace("others", Old, key="name")
+            other.put(Old(name="a"))
+        with OperatorDb(self.path) as db:
+            db.namespace("others", Strict, key="name")
+            self.assertIn("must", db.check()[0])
+            self.assertEqual((db.repair(), self.kept()), ([], []))
 
     def test_a_sound_database_is_left_as_it_is(self) -> None:
         self.fill()
