@@ -58,7 +58,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from enum import Enum, Flag
+from enum import Enum, Flag, StrEnum
 from functools import cached_property, partial
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
@@ -1446,6 +1446,25 @@ class CustomNamespaces(DatabaseTest):
             else:
                 self.assert_refused(InvalidRecordError, mend, "milliseconds")
         self.assertEqual((devices.prune(0), other.check()), (1, []))
+
+    def test_an_enum_is_stored_by_its_values_whatever_else_it_is(self) -> None:
+        class Label(StrEnum):
+            LOW = "l", "Low"
+            HIGH = "h", "High"
+
+            def __new__(cls, value: str, text: str) -> Any:
+                self = str.__new__(cls, text)
+                self._value_ = value
+                return self
+
+        columns: Any = [("name", str), ("label", Label), ("labels", list[Label])]
+        Ticket: Any = dataclasses.make_dataclass("Ticket", columns)
+        tickets = self.declare(Ticket)
+        ticket = Ticket("a", Label.HIGH, [Label.LOW])
+        tickets.put(ticket)
+        self.assertEqual(tickets.get("a"), ticket)
+        ((value,),) = self.sql("SELECT value FROM ticket")
+        self.assertEqual(json.loads(value), {"name": "a", "label": "h", "labels": ["l"]})
 
     def test_a_frozen_record_with_slots_and_flags_is_read_through_its_constructor(self) -> None:
         made: list[Rights] = []
