@@ -9537,13 +9537,14 @@ def work(path: str, prefix: str, model: Model, rng: random.Random, say: Say) -> 
         say(json.dumps(step))
         try:
             fault.run(partial(OPERATIONS[step.operation].perform, db, step), path, rng)
+            outcome = "acknowledged"
         except fault.errors:
-            say("refused")
-        else:
-            say("acknowledged")
-            model = after_step(model, step)
-        for _ in range(len(handled)):
+            outcome = "refused"
+        for _ in range(len(handled)):  # first: while the step is pending, these may be untold
             say(handled.pop())
+        say(outcome)
+        if outcome == "acknowledged":
+            model = after_step(model, step)
 
 
 def expected_of(model: Model, found: Model) -> Model:
