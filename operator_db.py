@@ -1680,7 +1680,7 @@ class _Connection(sqlite3.Connection):
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
         """Execute a statement and return its cursor, as `sqlite3` does."""
-        deadline = None
+        deadline = None  # as `with_retries`, written out: every write passes here
         while True:
             try:
                 return self._execute(sql, parameters)
@@ -2966,7 +2966,10 @@ class _Store:
 
     @_interrupt_safe_context
     def unit_of_work(self) -> Generator[_UnitOfWork, None, None]:
-        """Begin a verb's transaction; within the user's, it is a savepoint of that."""
+        """Begin a verb's transaction; within the user's, it is a savepoint of that.
+
+        The steps are those of `transaction`, without a place in the context: nothing joins it.
+        """
         outer = self._block_to_join()
         if outer is not None:
             with outer.in_verb, self._savepoint(outer):
@@ -4116,9 +4119,8 @@ class Namespace(Generic[R]):
                 ) from None
             raise  # by a signal handler
         _check_id(key)
-        if (
-            self._declarations is not None
-        ):  # ours were checked as fields, by the version they are of
+        # ours were checked as fields, by the version that stored them
+        if self._declarations is not None:
             _check_time(f"{self.name}: at=", at)
         return self._row_with_checksum(self._key_prefix + key, value, status, at)
 
@@ -6155,7 +6157,9 @@ def _repair(db: OperatorDb, backup: _Path | None, progress: Progress | None) -> 
     if db._store.read_only:
         raise StorageError(f"{db.path} was opened read-only")
     if backup is not None:
-        backup = _absolute_path(backup)  # raises for what is no path
+        backup = _absolute_path(backup)
+        if not _file_exists(backup):  # told at once, and not when it is needed
+            raise StorageError(f"{backup}: there is no such backup")
     progress = _in_this_process(progress)
     if not db._find_problems(progress, is_damage_only=True):
         return []

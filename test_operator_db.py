@@ -208,6 +208,16 @@ def store_secrets(db: OperatorDb) -> None:
     wallets_of(db).put(Wallet(owner="me", tallies=[Tally(name="in", pin=SECRET)]))
 
 
+def make_table_with_a_collation(path: str) -> None:
+    """Make a table as another program would, which alone has the collation that it needs."""
+    with closing(sqlite3.connect(path)) as other:
+        other.create_collation("theirs", lambda one, two: (one > two) - (one < two))
+        other.execute("CREATE TABLE notes(x COLLATE theirs)")
+        other.execute("CREATE INDEX notes_x ON notes(x)")
+        other.executemany("INSERT INTO notes VALUES(?)", [("a",), ("b",)])
+        other.commit()
+
+
 def fill(path: str, tasks: int = 40) -> None:
     """Make a database with some of everything."""
     with OperatorDb(path, durable=False) as db:
@@ -1800,12 +1810,20 @@ class ClassesChangeAndLoseNothing(DatabaseTest):
         Thing = make_class(("state", str, "new"), ("seen", int, 5), ("touched", int, now))
         columns = {"status": "state", "at": "touched"}
         self.things(Thing, at="seen").put(Thing(name="a"))
+        old = self.beside("version 1.db")
         with OperatorDb(self.path) as db:
             db.backup(self.other)
+            db.backup(old)
             db.export(self.file)
+        make_version_1(old)
+        header, *lines = read_bytes(self.file).splitlines()
+        undeclared = json.dumps({**json.loads(header), "namespaces": []}).encode()
+
         for label, bring in (
             ("restore", lambda db: db.restore(self.other)),
+            ("restore of version 1", lambda db: db.restore(old)),
             ("import", lambda db: db.import_(self.file)),
+            ("undeclared import", lambda db: db.import_(BytesIO(b"\n".join([undeclared, *lines])))),
         ):
             for is_declared in (False, True):
                 path = self.beside(f"{label} {is_declared}.db")
@@ -1818,6 +1836,19 @@ class ClassesChangeAndLoseNothing(DatabaseTest):
                     with OperatorDb(path) as db:
                         things = db.namespace("things", Thing, key="name", **columns)
                         self.assertEqual((things.prune(30), len(things.list("new"))), (0, 1))
+
+    def test_what_a_backup_gives_back_gets_the_columns_of_today(self) -> None:
+        now = int(time.time())
+        Thing = make_class(("seen", int, 5), ("touched", int, now))
+        self.things(Thing, at="seen").put(Thing(name="a"))
+        with OperatorDb(self.path) as db:
+            db.backup(self.other)
+        self.things(Thing, at="touched")
+        self.sql("UPDATE things SET crc = crc + 1")
+        with OperatorDb(self.path) as db:
+            self.assertEqual(len(db.repair(backup=self.other)), 2)
+        things = self.things(Thing, at="touched")
+        self.assertEqual((things.prune(30), things.count()), (0, 1))
 
     def test_another_key_is_refused_unless_it_is_the_same_field_renamed(self) -> None:
         Thing, Renamed = make_class(("other", str, "x")), make_class(("id", str, was("name")))
@@ -1856,6 +1887,12 @@ class ClassesChangeAndLoseNothing(DatabaseTest):
         self.assertEqual(self.open().check(), [])
         things.update("a", lambda thing: thing)
         self.assertEqual((things.count("fresh"), things.count("stale")), (0, 1))
+        with OperatorDb(self.path) as db:  # an import, too, takes what the class gives now
+            db.namespace("things", Thing, key="name", status="state")
+            db.export(self.file)
+            moment = "old"
+            db.import_(self.file)
+        self.assertEqual((things.count("stale"), things.count("old")), (0, 1))
 
     def test_a_read_only_database_is_used_as_it_is_declared(self) -> None:
         Thing = make_class(("state", str, "new"))
@@ -4265,6 +4302,22 @@ os.wait()
         store_tasks(self.db, "t")
         self.assertTrue(in_child(fork_and_wait), "it came when the child had ended")
 
+    def test_ctrl_c_in_a_fork_hook_of_the_parent_does_not_reach_the_child(self) -> None:
+        def fork_interrupted() -> int:
+            try:
+                with interrupt_at_call(5):
+                    if os.fork() == 0:
+                        time.sleep(0.2)  # it is sent 10 ms after the fork
+                        os._exit(0)
+                signal.pause()
+            except KeyboardInterrupt:
+                pass
+            return os.wait()[1]
+
+        self.enterContext(mock.patch("sys.unraisablehook", lambda _: None))
+        store_tasks(self.db, "t")
+        self.assertEqual(in_child(fork_interrupted), 0)
+
     def test_ctrl_c_in_the_hook_of_a_child_lets_it_use_nothing_that_its_parent_uses(self) -> None:
         """Ctrl-C is sent to all processes of a terminal, also to one that has just begun."""
         db, idle = self.open(timeout=0.02), self.open(self.other, timeout=0.02)
@@ -6601,12 +6654,7 @@ class DamageIsFoundAndNamed(DatabaseTest):
 
     def test_another_programs_collation_hides_no_damage_and_prevents_no_backup(self) -> None:
         fill(self.path)
-        with closing(sqlite3.connect(self.path)) as other:
-            other.create_collation("theirs", lambda one, two: (one > two) - (one < two))
-            other.execute("CREATE TABLE notes(x COLLATE theirs)")
-            other.execute("CREATE INDEX notes_x ON notes(x)")
-            other.executemany("INSERT INTO notes VALUES(?)", [("a",), ("b",)])
-            other.commit()
+        make_table_with_a_collation(self.path)
         with OperatorDb(self.path) as db:
             self.assertEqual(db.check(), [])
             db.backup(self.other)
@@ -6706,6 +6754,9 @@ class DamageStopsOneRecord(DatabaseTest):
         with OperatorDb(self.path) as db:
             for n in range(200):
                 db.update_task_status(str(n), "completed")
+            store_tasks(db, *(f"freed {n}" for n in range(100)), payload=bytes(200))
+        self.script("PRAGMA secure_delete = OFF; DELETE FROM tasks WHERE key GLOB '*freed*'")
+        with OperatorDb(self.path) as db:
             for n in range(0, 200, 5):
                 db.delete_task(str(n))
         ((page, size),) = self.sql(
@@ -7345,12 +7396,7 @@ class DamageStopsOneRecord(DatabaseTest):
         self,
     ) -> None:
         self.fill()
-        with closing(sqlite3.connect(self.path)) as other:
-            other.create_collation("theirs", lambda one, two: (one > two) - (one < two))
-            other.execute("CREATE TABLE notes(x COLLATE theirs)")
-            other.execute("CREATE INDEX notes_x ON notes(x)")
-            other.executemany("INSERT INTO notes VALUES(?)", [("a",), ("b",)])
-            other.commit()
+        make_table_with_a_collation(self.path)
         self.damage("tasks:t3")
         with OperatorDb(self.path) as db:
             lines = db.repair()
@@ -8026,6 +8072,16 @@ class ImportsNeverGoBack(ImportTest):
             self.assertEqual((exported(other), cards.get("one")), (exported(db), Changed("one")))
             self.assertIn(SECRET.encode(), b"".join(exported(other)))
             self.assertNotIn(SECRET.encode(), b"".join(exported(db, include_secrets=False)))
+
+    def test_no_default_of_an_older_file_replaces_what_was_filled_in_since(self) -> None:
+        db, moved = self.open(self.other), BytesIO()
+        store_tasks(db, "t", claimed_at=5)
+        db.export(moved)
+        known = {"description": "d", "reward_lamports": 7, "creator": "c", "payload": b"p"}
+        task = db.update_task("t", lambda task: replace(task, **known))
+        moved.seek(0)
+        self.assertEqual(db.import_(moved), {"tasks": {"unchanged": 1}})
+        self.assertEqual(db.get_task("t"), task)
 
     def test_an_import_that_lacks_only_the_completion_changes_nothing(self) -> None:
         db, moved = self.open(self.other), BytesIO()
